@@ -19,14 +19,26 @@ def native_id(root: Path) -> str:
 
 def python_id(package: Path, kernels: Path) -> str:
     """Hash of the Python modules: those of normwear_fast and, wherever they lie, its kernels."""
+    own = [path for path in _modules(package) if kernels not in path.parents]
     return _hash(
-        [
-            (f"{prefix}/{path.relative_to(folder).as_posix()}", path)
-            for prefix, folder in (("normwear_fast", package), ("normwear_fast/kernels", kernels))
-            for path in folder.rglob("*.py")
-            if folder == kernels or kernels not in path.parents
+        [(f"normwear_fast/{path.relative_to(package).as_posix()}", path) for path in own]
+        + [
+            (f"normwear_fast/kernels/{path.relative_to(kernels).as_posix()}", path)
+            for path in _modules(kernels)
         ]
     )
+
+
+def _modules(package: Path) -> list[Path]:
+    """The modules that setuptools packs: a folder without __init__.py is none of them."""
+    return [
+        path
+        for path in package.rglob("*.py")
+        if all(
+            (package / folder / "__init__.py").is_file()
+            for folder in path.relative_to(package).parents
+        )
+    ]
 
 
 def _hash(files: Iterable[tuple[str, Path]]) -> str:
