@@ -1,0 +1,654 @@
+"""NormWear checkpoints: read in every form they come in, checked by name, written as safetensors.
+
+A folder of ours holds two files:
+
+- ``model.safetensors``: the released names, and under ``msitf_aggregator.`` the zero-shot fusion
+  module's, if there is one;
+- ``config.json``: the names of :class:`~normwear_fast.config.NormWearConfig`, ``optimized_cwt``
+  (which scalogram the weights are for; null: not said), ``metadata`` (free text) and, to recognise
+  the file by, ``architecture`` and ``format_version``.
+
+Where the sizes come from, first match:
+
+1. a ``config.json`` of ours beside the weights (one that contradicts a given config is an error);
+2. the config given by the caller;
+3. someone else's ``config.json`` (the Hugging Face one, say), if it states ``embed_dim``, ``depth``
+   and ``num_heads``. Only names in ``FOREIGN_NAMES`` are taken from it, and ``optimized_cwt``;
+4. the released sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import OutputError, UsageError, WeightsError
+from normwear_fast.reference import ReferenceNormWear
+
+ARCHITECTURE = "normwear"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FUSION_PREFIX = "msitf_aggregator."
+"""Of the zero-shot fusion module's names, beside the encoder's."""
+
+WRAPPERS = ("module.", "backbone.")
+"""Prefixes that training wrappers put before the released names, in any order and number."""
+
+CONTAINERS = ("model", "state_dict")
+"""Keys under which a training checkpoint keeps its state dict."""
+
+PICKLED = (".pth", ".pt", ".bin")
+FOREIGN_NAMES = (
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "decoder_embed_dim",
+    "decoder_depth",
+)
+"""What we believe of a config.json that is not ours: sizes whose name can mean one thing only."""
+
+_COUNTER = "num_batches_tracked"
+_BUFFERS = ("running_mean", "running_var", _COUNTER)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WIDENED = (torch.float16, torch.bfloat16)
+_FLOATING = (torch.float32, torch.float64, *_WIDENED)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, checked against the sizes they are for.
+
+    Args:
+        state_dict: released names, no prefix; on the CPU, float32 (float64 where the file has it).
+            May be backed by the file's pages: copy before writing into it.
+        fusion: names and values under ``msitf_aggregator.``, that prefix removed; often empty.
+        config: the sizes.
+        optimized_cwt: which scalogram the weights are for; None where no config.json says it.
+        has_decoder: whether the pretraining decoder is in ``state_dict``.
+        source: the path or hub id that was asked for, a hub id with ``@`` and its commit.
+        sha256: hex digest of the file that holds the weights.
+        notes: what was done to the values, one line each; empty if they are the file's.
+    """
+
+    state_dict: dict[str, Tensor]
+    fusion: dict[str, Tensor]
+    config: NormWearConfig
+    optimized_cwt: bool | None
+    has_decoder: bool
+    source: str
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert` wrote.
+
+    Args:
+        names: entries of the file, fusion module included.
+        parameters: their values, without BatchNorm's running statistics and counter.
+        decoder: whether the pretraining decoder is among them.
+        fusion: whether the zero-shot fusion module is among them.
+        sha256: hex digest of the written ``model.safetensors``; the same weights give the same one.
+        notes: what was done to the values on the way, one line each.
+    """
+
+    names: int
+    parameters: int
+    decoder: bool
+    fusion: bool
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    source: str | Path, *, config: NormWearConfig | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Reads and checks weights of any form.
+
+    Args:
+        source: a ``.safetensors`` file; a ``.pth``, ``.pt`` or ``.bin`` file of ``torch.save``,
+            bare or under ``model`` or ``state_dict``, with or without wrapper prefixes; a folder
+            with ``model.safetensors`` or one such file; or a Hugging Face id ``owner/name``, cached
+            by huggingface_hub. What exists on disk wins over a hub id.
+        config: sizes, where no config.json of ours says them.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        WeightsError: unreadable, not cached while offline, holding code, of another size (every
+            name listed), not floating point or not finite.
+        UsageError: a ``revision`` for something on disk.
+    """
+    weights, label = _locate(str(source), revision)
+    state_dict = read_state_dict(weights)
+    sha256 = _sha256(weights)
+    chosen, optimized_cwt, origin = _choose_config(weights.parent / CONFIG_FILE, config)
+    has_decoder = check_names(state_dict, chosen, source=str(source), origin=origin)
+    state_dict, notes = _widen(state_dict)
+    for note in notes:
+        warnings.warn(f"{source}: {note}", stacklevel=2)
+    return Checkpoint(
+        state_dict={k: v for k, v in state_dict.items() if not k.startswith(FUSION_PREFIX)},
+        fusion={
+            k.removeprefix(FUSION_PREFIX): v
+            for k, v in state_dict.items()
+            if k.startswith(FUSION_PREFIX)
+        },
+        config=chosen,
+        optimized_cwt=optimized_cwt,
+        has_decoder=has_decoder,
+        source=label,
+        sha256=sha256,
+        notes=notes,
+    )
+
+
+def saved_scalogram(source: str | Path, *, revision: str | None = None) -> bool | None:
+    """``optimized_cwt`` of the config.json beside the weights; None where nothing says it.
+
+    Raises:
+        WeightsError: no such weights, or a config.json that is no JSON object.
+    """
+    path = _locate(str(source), revision)[0].parent / CONFIG_FILE
+    value = _read_json(path).get("optimized_cwt") if path.is_file() else None
+    return value if isinstance(value, bool) else None
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, out of its container and without wrapper prefixes; nothing checked.
+
+    Raises:
+        WeightsError: missing, empty, cut short, holding code, or without a state dict in it.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise _error(f"{path}: no such file")
+        if path.stat().st_size == 0:
+            raise _error(f"{path}: is empty (0 bytes)")
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise _error(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".safetensors":
+        content: Any = _read_safetensors(path)
+    elif path.suffix in PICKLED:
+        content = _read_pickled(path, zipped=head == b"PK\x03\x04")
+    else:
+        raise _error(
+            f"{path}: not a weights file by its name; "
+            f"it must end in .safetensors, {', '.join(PICKLED[:-1])} or {PICKLED[-1]}"
+        )
+    for key in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise _error(f"{path}: holds a {type(content).__name__}; it must hold a state dict")
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        keys = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise _error(
+            f"{path}: holds no state dict, only {keys}; "
+            f"it must be bare or under {' or '.join(CONTAINERS)}"
+        )
+    state_dict: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = str(key)
+        if not isinstance(value, Tensor):
+            raise _error(f"{path}: {name} is a {type(value).__name__}; it must be a tensor")
+        while name.startswith(WRAPPERS):
+            name = name.removeprefix(next(w for w in WRAPPERS if name.startswith(w)))
+        if name in state_dict:
+            raise _error(f"{path}: two entries are named {name} once their prefixes are removed")
+        state_dict[name] = value.detach()
+    return state_dict
+
+
+@lru_cache(maxsize=8)
+def expected_shapes(
+    config: NormWearConfig, *, decoder: bool = True
+) -> Mapping[str, tuple[int, ...]]:
+    """Released name -> shape for these sizes, in the model's order; allocates no values."""
+    outline = _Outline(config, decoder=decoder)
+    return MappingProxyType({name: tuple(v.shape) for name, v in outline.state_dict().items()})
+
+
+class _Outline(ReferenceNormWear):
+    """The reference model left on the meta device: names and shapes without values."""
+
+    def to_empty(
+        self, *, device: torch.device | str | int | None, recurse: bool = True
+    ) -> _Outline:
+        return self
+
+    def reset_parameters(self, seed: int | None = 0) -> None:
+        return
+
+
+def check_names(
+    state_dict: Mapping[str, Tensor],
+    config: NormWearConfig,
+    decoder: bool | None = None,
+    *,
+    source: str = "state dict",
+    origin: str = "as asked for",
+) -> bool:
+    """Checks every name, shape, kind and value against the sizes.
+
+    BatchNorm's ``num_batches_tracked`` may be there or not; ``msitf_aggregator.*`` may be there and
+    is checked for its values only.
+
+    Args:
+        state_dict: released names without wrapper prefixes, on any device.
+        config: the sizes.
+        decoder: True: the decoder must be there. False: it must not. None: all of it or nothing.
+        source: what to call the weights in an error.
+        origin: where the sizes come from, for the error.
+
+    Returns:
+        Whether the decoder is there.
+
+    Raises:
+        WeightsError: one line with every missing, unexpected, wrongly shaped and wrongly typed
+            name; or the first name with a NaN or infinite value.
+    """
+    expected = expected_shapes(config, decoder=True)
+    encoder = expected_shapes(config, decoder=False)
+    if decoder is None:
+        decoder = any(
+            name not in encoder and name in expected and not name.endswith(_COUNTER)
+            for name in state_dict
+        )
+    wanted = expected if decoder else encoder
+    present = {k: v for k, v in state_dict.items() if not k.startswith(FUSION_PREFIX)}
+    lists = {
+        "missing": [n for n in wanted if n not in present and not n.endswith(_COUNTER)],
+        "unexpected": [n for n in present if n not in wanted and not _is_counter(n, expected)],
+        "of the wrong shape": [
+            f"{n} {tuple(v.shape)} instead of {expected[n]}"
+            for n, v in present.items()
+            if n in expected and tuple(v.shape) != expected[n]
+        ],
+        "of the wrong type": [
+            f"{n} {_kind(v)}" for n, v in state_dict.items() if not _is_usable(n, v)
+        ],
+    }
+    if any(lists.values()):
+        sizes = ", ".join(f"{n} {getattr(config, n)}" for n in ("embed_dim", "depth"))
+        if decoder:
+            names = ("decoder_embed_dim", "decoder_depth")
+            sizes += "".join(f", {n} {getattr(config, n)}" for n in names)
+        found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
+        raise _error(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
+    for name, value in state_dict.items():
+        if value.numel() and not name.endswith(_COUNTER):
+            low, high = torch.aminmax(value)  # NaN in either if there is one; no copy of the values
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise _error(f"{source}: {name} holds NaN or infinity; every value must be finite")
+    return decoder
+
+
+def save_pretrained(
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor],
+    config: NormWearConfig,
+    *,
+    optimized_cwt: bool | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes ``model.safetensors`` and ``config.json``; what was there is replaced or left whole.
+
+    Args:
+        folder: made if needed.
+        state_dict: released names, and ``msitf_aggregator.*`` if there are any; values come back
+            bit for bit (float16 and bfloat16 as the equal float32).
+        config: the sizes the weights are for.
+        optimized_cwt: which scalogram the weights are for; None if nobody knows.
+        metadata: text to keep in config.json: where the weights come from, say.
+
+    Raises:
+        WeightsError: the state dict is not one of these sizes.
+        OutputError: the folder cannot be written.
+    """
+    check_names(state_dict, config)
+    folder = Path(folder)
+    values = {
+        "architecture": ARCHITECTURE,
+        "format_version": FORMAT_VERSION,
+        **config.to_dict(),
+        "optimized_cwt": optimized_cwt,
+        "metadata": dict(metadata or {}),
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    tensors = _own_storage(state_dict)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder, CONFIG_FILE) as new_config, _temporary(folder, WEIGHTS_FILE) as new:
+            new_config.write_text(text, encoding="utf-8")
+            _write_safetensors(new, tensors)
+            shutil.copymode(new_config, new)  # safetensors makes files for the owner only
+            _sync(new_config)
+            _sync(new)
+            new.replace(folder / WEIGHTS_FILE)
+            new_config.replace(folder / CONFIG_FILE)
+        _sync(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: weights cannot be written ({_one_line(error)})") from None
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    config: NormWearConfig | None = None,
+    revision: str | None = None,
+) -> ConversionReport:
+    """Any checkpoint form to a folder of ours, checked; a fusion module goes along.
+
+    Args:
+        source, config, revision: as of :func:`load_checkpoint`.
+        folder: of the new ``model.safetensors`` and ``config.json``.
+
+    Raises:
+        WeightsError: as :func:`load_checkpoint`.
+        OutputError: as :func:`save_pretrained`.
+    """
+    checkpoint = load_checkpoint(source, config=config, revision=revision)
+    state_dict = dict(checkpoint.state_dict)
+    state_dict |= {FUSION_PREFIX + name: value for name, value in checkpoint.fusion.items()}
+    on_disk = checkpoint.source == str(source)  # the user's folders are nobody else's business
+    save_pretrained(
+        folder,
+        state_dict,
+        checkpoint.config,
+        optimized_cwt=checkpoint.optimized_cwt,
+        metadata={
+            "source": Path(checkpoint.source).name if on_disk else checkpoint.source,
+            "source_sha256": checkpoint.sha256,
+        },
+    )
+    return ConversionReport(
+        names=len(state_dict),
+        parameters=sum(v.numel() for n, v in state_dict.items() if not n.endswith(_BUFFERS)),
+        decoder=checkpoint.has_decoder,
+        fusion=bool(checkpoint.fusion),
+        sha256=_sha256(Path(folder) / WEIGHTS_FILE),
+        notes=checkpoint.notes,
+    )
+
+
+def _error(message: str) -> WeightsError:
+    """One line, whatever names or reasons came from the file."""
+    return WeightsError(" ".join(message.split()))
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of another library's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _locate(source: str, revision: str | None) -> tuple[Path, str]:
+    """The file that holds the weights, and what to call it."""
+    path = Path(source)
+    if not source or not os.path.exists(
+        path
+    ):  # unlike Path.exists, False also for names no file could have
+        if _HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED):
+            return _download(source, revision)
+        raise _error(
+            f"{source or repr(source)}: no such weights file or folder, "
+            "and no Hugging Face id (owner/name) either"
+        )
+    if revision is not None:
+        raise UsageError(f"{source}: is on disk; revision {revision} is for a Hugging Face id")
+    if path.is_dir():
+        return _weights_in(path), source
+    return path, source
+
+
+def _weights_in(folder: Path) -> Path:
+    """The folder's model.safetensors, or the one checkpoint in it."""
+    if (folder / WEIGHTS_FILE).exists():
+        return folder / WEIGHTS_FILE
+    try:
+        found = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix in (".safetensors", *PICKLED) and not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise _error(f"{folder}: cannot be read ({error.strerror})") from None
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} ({', '.join(path.name for path in found)})" if found else "none"
+    raise _error(f"{folder}: must hold {WEIGHTS_FILE} or exactly one checkpoint; it holds {what}")
+
+
+def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
+    """The weights of a hub id in huggingface_hub's cache, fetched if they are not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    at = f" --revision {revision}" if revision else ""
+    fetch = f"`hf download {hub_id} {WEIGHTS_FILE} {CONFIG_FILE}{at}`"
+    try:
+        files = [WEIGHTS_FILE, CONFIG_FILE]
+        snapshot = Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
+    # Its errors differ between versions and HTTP libraries; all of them mean: not to be had.
+    except Exception as error:
+        if HF_HUB_OFFLINE:
+            reason = "offline (HF_HUB_OFFLINE is set) and not in the cache"
+        else:
+            reason = f"not to be had from the hub and not in the cache ({_one_line(error)})"
+        raise _error(
+            f"{hub_id}: no such file or folder, and as a Hugging Face id {reason}; fetch it once "
+            f"where there is a network with {fetch}, or give a weights file"
+        ) from None
+    if not (snapshot / WEIGHTS_FILE).is_file():
+        raise _error(
+            f"{hub_id}: no {WEIGHTS_FILE} in "
+            f"{'the cache (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else 'this repository'}; "
+            f"fetch it where there is a network with {fetch}, or give a weights file"
+        )
+    return snapshot / WEIGHTS_FILE, f"{hub_id}@{snapshot.name}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _error(f"{path}: not a safetensors file, or cut short ({_one_line(error)})") from None
+
+
+def _read_pickled(path: Path, *, zipped: bool) -> Any:
+    """What ``torch.save`` wrote, tensors and plain containers only."""
+    try:
+        # Training scripts keep their arguments beside the weights; a Namespace only holds them.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of an odd pickle protocol: it loads, or the error says
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    # A damaged file makes the reader raise almost anything (KeyError, struct.error, EOFError, ...).
+    except Exception as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise _error(
+                f"{path}: a pickle that asks to run {code[1]}; nothing of it was run. "
+                "Only tensors are read: torch.save(model.state_dict(), path) where the file is from"
+            ) from None
+        raise _error(
+            f"{path}: not a checkpoint of torch.save, or cut short; nothing in it was run, "
+            "and only tensors are read"
+        ) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _choose_config(
+    path: Path, given: NormWearConfig | None
+) -> tuple[NormWearConfig, bool | None, str]:
+    """The sizes, which scalogram, and where the sizes come from; the order is this file's text."""
+    assumed = "as given" if given else "the released sizes: no config said others"
+    if not path.is_file():
+        return given or NormWearConfig(), None, assumed
+    values = _read_json(path)
+    optimized_cwt = values.get("optimized_cwt")
+    if values.get("architecture") == ARCHITECTURE and "format_version" in values:
+        if values["format_version"] != FORMAT_VERSION:
+            raise _error(
+                f"{path}: format_version is {values['format_version']!r}; "
+                f"this normwear-fast reads {FORMAT_VERSION}"
+            )
+        if optimized_cwt is not None and not isinstance(optimized_cwt, bool):
+            raise _error(f"{path}: optimized_cwt is {optimized_cwt!r}; it must be a bool or null")
+        ours = ("architecture", "format_version", "optimized_cwt", "metadata")
+        config = _config_from({k: v for k, v in values.items() if k not in ours}, path)
+        if given is not None and given != config:
+            names = [field.name for field in dataclasses.fields(config)]
+            differ = [
+                f"{n} is {getattr(config, n)}, given {getattr(given, n)}"
+                for n in names
+                if getattr(config, n) != getattr(given, n)
+            ]
+            raise _error(f"{path}: contradicts the given config: {'; '.join(differ)}")
+        return config, optimized_cwt, f"from {path.name}"
+    scalogram = optimized_cwt if isinstance(optimized_cwt, bool) else None
+    if given is None and all(name in values for name in FOREIGN_NAMES[:3]):
+        config = _config_from({k: values[k] for k in FOREIGN_NAMES if k in values}, path)
+        return config, scalogram, f"from {path.name}"
+    return given or NormWearConfig(), scalogram, assumed
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _error(f"{path}: cannot be read as JSON ({_one_line(error)})") from None
+    if not isinstance(values, dict):
+        raise _error(f"{path}: holds a {type(values).__name__}; it must hold a JSON object")
+    return values
+
+
+def _config_from(values: dict[str, Any], path: Path) -> NormWearConfig:
+    """A config from JSON values, each of the kind of its default."""
+    for field in dataclasses.fields(NormWearConfig):
+        if field.name not in values:
+            continue
+        value, default = values[field.name], field.default
+        if isinstance(default, tuple):
+            fits = isinstance(value, list) and len(value) == len(default)
+            fits = fits and all(type(item) is int and item > 0 for item in value)
+        elif isinstance(default, float):
+            fits = type(value) in (int, float) and 0 < value < 1e6
+        else:
+            fits = type(value) is type(default)
+        if not fits:
+            raise _error(f"{path}: {field.name} is {value!r}; it must be like {default!r}")
+    try:
+        return NormWearConfig.from_dict(values, str(path))
+    except UsageError as error:
+        raise _error(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _is_counter(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
+    return name in expected and name.endswith(_COUNTER)
+
+
+def _is_usable(name: str, value: Tensor) -> bool:
+    """Whether a plain dense tensor with values of the kind its name calls for."""
+    if value.layout != torch.strided or value.is_meta or value.is_nested:
+        return False
+    return value.dtype == torch.int64 if name.endswith(_COUNTER) else value.dtype in _FLOATING
+
+
+def _kind(value: Tensor) -> str:
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.is_meta:
+        return f"{kind} without values"
+    if value.layout != torch.strided or value.is_nested:
+        return f"{kind}, not dense"
+    return kind
+
+
+def _widen(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """float16 and bfloat16 as float32, which holds each of their values exactly."""
+    found = {value.dtype for value in state_dict.values()}
+    kinds = [str(dtype).removeprefix("torch.") for dtype in _WIDENED if dtype in found]
+    if not kinds:
+        return state_dict, ()
+    wide = {n: v.float() if v.dtype in _WIDENED else v for n, v in state_dict.items()}
+    return wide, (f"weights are {' and '.join(kinds)}; converted to float32 for use",)
+
+
+def _own_storage(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors as safetensors wants them: dense, no two sharing memory."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state_dict.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        # transformers asks for this key. More would come in random order, and the hash with them.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(_one_line(error)) from None
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden name in the folder for a file that will be renamed; removed if it was not."""
+    path = folder / f".{name}.{secrets.token_hex(4)}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's or folder's content is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
