@@ -1,0 +1,272 @@
+"""The packed encoder: folded weights, five operators, and the GEMMs between them.
+
+The residual stream is one (tokens, E) buffer that ``proj`` and ``fc2`` accumulate into. Where operands
+and residual have different dtypes (bfloat16 over float32) a product lands in an update buffer, which
+the next norm adds in the same pass it standardises.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from normwear_fast.backends import Backend
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import UsageError
+from normwear_fast.folding import FoldedBlock, FoldedEncoder
+from normwear_fast.operators import Pool, Tokenizer
+from normwear_fast.packing import Layout
+from normwear_fast.wavelets import ScalogramMethod
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
+"""Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
+GPU, where 3 GB of activations keep 132 multiprocessors in full waves (not yet measured on one)."""
+
+UNIT_BATCHES = 8
+"""Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""
+
+MLP_ROWS = 1_120
+"""Rows of an MLP tile on a CPU: its 3072-wide activation is 14 MB and is reused by every tile."""
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AMX or AVX512-BF16)."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in capabilities and "AMX" not in capabilities:
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` as what it means on the device; any other known precision as it is.
+
+    bfloat16 on a GPU of capability >= 8.0 and on a CPU with AMX or AVX512-BF16, else float32.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"precision {precision!r} does not exist; known are {', '.join(PRECISIONS)}"
+        )
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
+
+
+class Workspace:
+    """Activation buffers, allocated once for the largest micro-batch seen and reused."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """(rows, width) contiguous, uninitialised; the same memory for the same name."""
+        buffer = self._buffers.get(name)
+        size = rows * width
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            buffer = torch.empty(size, dtype=dtype, device=self.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(rows, width)
+
+    def release(self, keep_bytes: int) -> None:
+        """Frees everything if more than ``keep_bytes`` are held: one huge window leaves no trace."""
+        if sum(b.numel() * b.element_size() for b in self._buffers.values()) > keep_bytes:
+            self._buffers.clear()
+
+
+class Engine:
+    """Runs micro-batches through the folded encoder.
+
+    Args:
+        folded: weights, matrices in the operand dtype.
+        config: sizes.
+        method: the scalogram.
+        backend: the operators.
+    """
+
+    def __init__(
+        self,
+        folded: FoldedEncoder,
+        config: NormWearConfig,
+        method: ScalogramMethod,
+        backend: Backend,
+    ) -> None:
+        self.folded = folded
+        self.config = config
+        self.method = method
+        self.backend = backend
+        self.dtype = folded.blocks[0].qkv.dtype
+        self.residual_dtype = folded.carried.dtype
+        self.device = folded.carried.device
+        self.workspace = Workspace(self.device)
+        self._templates: dict[int, Tensor] = {}
+        self._tokenizers: dict[tuple[int, ...], Tokenizer] = {}
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether products accumulate into the residual, with no update buffer between."""
+        return self.dtype == self.residual_dtype
+
+    def tokenizer(self, token_counts: tuple[int, ...]) -> Tokenizer:
+        """Tables for sequences of these distinct token counts (ascending)."""
+        if token_counts not in self._tokenizers:
+            columns = self.config.grid_columns
+            for tokens in token_counts:
+                if tokens not in self._templates:
+                    rows = (tokens - 1) // columns
+                    self._templates[tokens] = self.folded.template(rows, columns)
+            if len(self._tokenizers) >= 64:  # a cohort of ever new lengths must not pile them up
+                self._tokenizers.clear()
+                self._templates = {tokens: self._templates[tokens] for tokens in token_counts}
+            self._tokenizers[token_counts] = Tokenizer(
+                patch_weight=self.folded.patch_weight,
+                templates=torch.cat([self._templates[tokens] for tokens in token_counts]),
+                token_counts=token_counts,
+                patch_size=self.config.patch_size,
+                num_scales=self.config.num_scales,
+                method=self.method,
+                wavelet=self.config.wavelet,
+            )
+        return self._tokenizers[token_counts]
+
+    @torch.inference_mode()
+    def run(self, series: Tensor, layout: Layout, pool: Pool) -> Tensor:
+        """Encodes one micro-batch.
+
+        Args:
+            series: (total samples,) float32 on the device, packed as ``layout`` says.
+            layout: where everything stands.
+            pool: ``mean`` or ``cls`` for (S, E), ``patch`` for (tokens, E).
+
+        Returns:
+            New tensor in float32 (float64 beside float64 weights).
+        """
+        ops, folded, width = self.backend, self.folded, self.config.embed_dim
+        sequences, rows = layout.sequences, layout.sequences.total
+        take, eps = self.workspace.take, folded.layer_eps
+        residual = take("residual", rows, width, self.residual_dtype)
+        normed = take("normed", rows, width, self.dtype)
+        attended = take("attended", rows, width, self.dtype)
+        qkv = take("qkv", rows, 3 * width, self.dtype)
+        update = None if self.accumulates else take("update", rows, width, self.dtype)
+        pending: Tensor | None = None
+
+        counts = tuple(sorted(set(sequences.lengths)))
+        ops.tokenize(residual, series, layout.samples, sequences, self.tokenizer(counts))
+        last = len(folded.blocks) - 1
+        for i, block in enumerate(folded.blocks):
+            ops.residual_norm(residual, folded.carried[2 * i], eps, update=pending, out=normed)
+            if i == last and pool == "cls":
+                return self._last_layer_cls(residual, normed, layout)
+            torch.addmm(block.qkv_bias, normed, block.qkv.T, out=qkv)
+            x = ops.channel_attention(
+                qkv[:, :width],
+                qkv[:, width:],
+                sequences,
+                sequences,
+                self.config.num_heads,
+                out=attended,
+            )
+            pending = self._accumulate(residual, x, block.proj, update)
+            carried = folded.carried[2 * i + 1]
+            ops.residual_norm(residual, carried, eps, update=pending, out=normed)
+            pending = self._mlp(residual, normed, block, update)
+            if i in folded.fusions:
+                self._fuse_cls(residual, pending, layout, i)
+        return ops.pool_norm(
+            residual,
+            folded.carried[-1],
+            folded.norm_weight,
+            folded.norm_bias,
+            folded.final_eps,
+            sequences,
+            pool,
+            update=pending,
+        )
+
+    @staticmethod
+    def _accumulate(
+        residual: Tensor, x: Tensor, weight: Tensor, update: Tensor | None
+    ) -> Tensor | None:
+        """residual += x weight^T, at once or left pending in ``update``."""
+        if update is None:
+            residual.addmm_(x, weight.T)
+            return None
+        return torch.mm(x, weight.T, out=update)
+
+    def _mlp(
+        self, residual: Tensor, normed: Tensor, block: FoldedBlock, update: Tensor | None
+    ) -> Tensor | None:
+        rows, hidden = len(normed), block.fc1.shape[0]
+        tile = MLP_ROWS if self.device.type == "cpu" else rows
+        buffer = self.workspace.take("hidden", min(tile, rows), hidden, self.dtype)
+        for first in range(0, rows, tile):
+            part = slice(first, min(first + tile, rows))
+            activation = buffer[: part.stop - part.start]
+            torch.mm(normed[part], block.fc1.T, out=activation)
+            self.backend.bias_gelu(activation, block.fc1_bias)
+            pending = None if update is None else update[part]
+            self._accumulate(residual[part], activation, block.fc2, pending)
+        return update
+
+    def _block_with_constants(self, x: Tensor, block: FoldedBlock, layout: Layout) -> Tensor:
+        """A whole block over true values (S, E), grouped by window: the fusion of [CLS] rows."""
+        ops, width = self.backend, self.config.embed_dim
+        normed = ops.residual_norm(x, None, self.folded.layer_eps, dtype=self.dtype)
+        qkv = torch.addmm(block.qkv_bias, normed, block.qkv.T)
+        groups = layout.windows
+        heads = self.config.num_heads
+        attended = ops.channel_attention(qkv[:, :width], qkv[:, width:], groups, groups, heads)
+        x = x + block.proj_constant
+        return self._mlp_with_constant(self._add_product(x, attended, block.proj), block)
+
+    def _mlp_with_constant(self, x: Tensor, block: FoldedBlock) -> Tensor:
+        ops = self.backend
+        normed = ops.residual_norm(x, None, self.folded.layer_eps, dtype=self.dtype)
+        activation = normed @ block.fc1.T
+        ops.bias_gelu(activation, block.fc1_bias)
+        return self._add_product(x + block.fc2_constant, activation, block.fc2)
+
+    def _add_product(self, x: Tensor, operand: Tensor, weight: Tensor) -> Tensor:
+        if self.accumulates:
+            return x.addmm_(operand, weight.T)
+        return x.add_(operand @ weight.T)
+
+    def _fuse_cls(self, residual: Tensor, pending: Tensor | None, layout: Layout, i: int) -> None:
+        """The [CLS] rows of every window see one another; stored less what is carried by now."""
+        cls, carried = layout.cls_rows, self.folded.carried[2 * i + 2]
+        x = residual[cls] + carried
+        if pending is not None:
+            x += pending[cls]
+            pending[cls] = 0
+        fused = self._block_with_constants(x, self.folded.fusions[i], layout)
+        residual[cls] = fused - carried
+
+    def _last_layer_cls(self, residual: Tensor, normed: Tensor, layout: Layout) -> Tensor:
+        """The last layer where only [CLS] rows are wanted: keys and values of all, the rest of those.
+
+        7 % less work at 12 layers (fold 6 of the design): a third of qkv, all of proj and the MLP.
+        """
+        ops, folded, width = self.backend, self.folded, self.config.embed_dim
+        last = len(folded.blocks) - 1
+        block, cls = folded.blocks[last], layout.cls_rows
+        key_value = self.workspace.take("qkv", len(normed), 2 * width, self.dtype)
+        torch.mm(normed, block.qkv[width:].T, out=key_value)
+        query = torch.addmm(block.qkv_bias[:width], normed[cls], block.qkv[:width].T)
+        attended = ops.channel_attention(
+            query, key_value, layout.ones, layout.sequences, self.config.num_heads
+        )
+        x = residual[cls] + (folded.carried[2 * last] + block.proj_constant)
+        x = self._mlp_with_constant(self._add_product(x, attended, block.proj), block)
+        if last in folded.fusions:
+            x = self._block_with_constants(x, folded.fusions[last], layout)
+        return ops.pool_norm(
+            x, None, folded.norm_weight, folded.norm_bias, folded.final_eps, layout.ones, "patch"
+        )

@@ -1,0 +1,793 @@
+"""FastNormWear: the drop-in model, and `encode` for many windows."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from normwear_fast.backends import select_backend
+from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig
+from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
+from normwear_fast.operators import Pool
+from normwear_fast.packing import (
+    Layout,
+    cached_layout,
+    plan_micro_batches,
+    plan_units,
+    scalogram_method,
+    window_tokens,
+)
+from normwear_fast.reference import Attention, Block, ReferenceNormWear
+from normwear_fast.scalograms import scalogram
+
+ChannelPool = Literal["keep", "mean", "concat"]
+Resample = Literal["upstream", "always", "never"]
+
+UPSTREAM_RESAMPLES_ABOVE = 256.0
+"""Hz; the published ``get_embedding`` feeds anything at or below this rate as it is."""
+
+WORKSPACE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
+"""Activation buffers kept between calls; a larger window's are freed after it."""
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_FOLDABLE = (Attention, Block, nn.Linear, nn.LayerNorm, nn.Conv2d)
+
+
+class _Watch:
+    """Notices any change to a module's parameters: replaced, moved, or written in place.
+
+    The tensors are held, so that neither an ``id`` nor an address can be reused unnoticed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._members: list[tuple[dict[str, Any], str, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
+        for child in module.modules():
+            members = [*child._modules.items(), *child._parameters.items()]
+            for name, member in members:
+                owner = child._modules if name in child._modules else child._parameters
+                self._members.append((cast(dict[str, Any], owner), name, member))
+                if isinstance(member, Tensor):
+                    alias = member.detach()
+                    entry = (member, alias, member._version, member.data_ptr())
+                    self._tensors.append(entry)
+
+    def unchanged(self) -> bool:
+        return all(owner.get(name) is member for owner, name, member in self._members) and all(
+            tensor._version == version and tensor.data_ptr() == address
+            for tensor, _, version, address in self._tensors
+        )
+
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor, *_ in self._tensors)
+
+
+class FastNormWear(ReferenceNormWear):
+    """NormWear with upstream's constructor and `get_embedding`, and a fast path for inference.
+
+    The released-name parameters are the only truth. Folded weights are a cache of them per (device,
+    precision, backend), rebuilt after ``load_state_dict``, ``.to()`` or an optimiser step. Where
+    gradients are enabled and any parameter or the input requires them, ``forward`` and
+    ``get_embedding`` take the plain differentiable path: wrap inference in ``torch.inference_mode()``,
+    or call ``requires_grad_(False)``; ``encode`` is always in inference mode.
+
+    Args:
+        optimized_cwt: which scalogram: True is the one pretraining used, False (upstream's default)
+            SciPy's. The checkpoint works with both; their embeddings differ.
+        use_cwt: True; the released weights take scalograms.
+        weight_path: checkpoint file, folder or hub id; "" for random, seeded weights.
+        config: sizes; the released model by default.
+        precision: ``float32`` is the parity mode; ``bfloat16``; ``auto`` is bfloat16 on a GPU of
+            capability >= 8.0 or a CPU with AMX or AVX512-BF16, else float32.
+        backend: ``auto`` or the name of one of :data:`normwear_fast.backends.BACKENDS`.
+        seed: of the random weights.
+
+    Raises:
+        WeightsError: a checkpoint that cannot be read or does not fit; lists every name that differs.
+        UsageError: an unknown precision or backend, or ``use_cwt=False``.
+    """
+
+    def __init__(
+        self,
+        optimized_cwt: bool = False,
+        use_cwt: bool = True,
+        weight_path: str | Path = "",
+        *,
+        config: NormWearConfig | None = None,
+        precision: str = "auto",
+        backend: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if not use_cwt:
+            raise UsageError("use_cwt=False has no released weights; NormWear takes scalograms")
+        resolve_precision(precision, torch.device("cpu"))
+        select_backend(backend, torch.device("cpu"))
+        checkpoint = None
+        if weight_path:
+            from normwear_fast.weights import load_checkpoint
+
+            checkpoint = load_checkpoint(weight_path, config=config)
+            config = checkpoint.config
+        # Parameters made in inference mode would have no version counter to watch.
+        with torch.inference_mode(False):
+            super().__init__(
+                config,
+                decoder=checkpoint is None or checkpoint.has_decoder,
+                seed=seed if checkpoint is None else None,
+            )
+            if checkpoint is not None:
+                from normwear_fast.weights import check_names
+
+                check_names(checkpoint.state_dict, self.config, checkpoint.has_decoder)
+                # num_batches_tracked, a counter inference never reads, may be absent.
+                self.load_state_dict(checkpoint.state_dict, strict=False)
+        self.optimized_cwt = optimized_cwt
+        self.precision = precision
+        self.backend = backend
+        self.weights: dict[str, Any] = (
+            {"source": "random", "seed": seed}
+            if checkpoint is None
+            else {"source": checkpoint.source, "sha256": checkpoint.sha256}
+        )
+        self.train(False)
+        self._watch: _Watch | None = None
+        self._engines: dict[tuple[torch.device, str, str], Engine] = {}
+        self._frozen: tuple[FoldedEncoder, str] | None = None
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        optimized_cwt: bool | None = None,
+        config: NormWearConfig | None = None,
+        precision: str = "auto",
+        backend: str = "auto",
+    ) -> FastNormWear:
+        """A model from a hub id, a folder, a ``.safetensors`` or a ``.pth`` file.
+
+        Args:
+            source: where the weights are.
+            optimized_cwt: the scalogram; by default what the checkpoint's config.json says, or the one
+                pretraining used (True) where it says nothing.
+            config: sizes, where no config.json beside the weights gives them.
+            precision, backend: as of the class.
+        """
+        if optimized_cwt is None:
+            from normwear_fast.weights import saved_scalogram
+
+            remembered = saved_scalogram(source)
+            optimized_cwt = True if remembered is None else remembered
+        return cls(
+            optimized_cwt, weight_path=source, config=config, precision=precision, backend=backend
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, which `from_pretrained` loads bit for bit."""
+        from normwear_fast.weights import save_pretrained
+
+        save_pretrained(
+            folder,
+            self.state_dict(),
+            self.config,
+            optimized_cwt=self.optimized_cwt,
+            metadata={key: str(value) for key, value in self.weights.items()},
+        )
+
+    # --- what the model is and where it runs ---------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._frozen[0].carried.device if self._frozen else self.cls_token.device
+
+    @property
+    def resolved_precision(self) -> str:
+        """The precision inference runs in on the model's device: never ``auto``."""
+        return self._precision(None)
+
+    def batch_tokens_default(self, device: torch.device | None = None) -> int:
+        """Tokens of a micro-batch where none are given, for the device's type."""
+        return BATCH_TOKENS.get((device or self.device).type, BATCH_TOKENS["cpu"])
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides the numbers of an output, for its manifest.
+
+        Two runs whose provenance and work units agree give the same bits.
+        """
+        device = self.device
+        return {
+            "weights": dict(self.weights),
+            "config": self.config.to_dict(),
+            "scalogram": scalogram_method(self.optimized_cwt),
+            "precision": self.resolved_precision,
+            "backend": select_backend(self.backend, device).name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "torch": torch.__version__,
+            "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def extra_repr(self) -> str:
+        source = self.weights["source"]
+        if source == "random":
+            source = f"random (seed {self.weights['seed']}); embeddings of it mean nothing"
+        return (
+            f"weights={source}, scalogram={scalogram_method(self.optimized_cwt)}, "
+            f"precision={self.precision}, backend={self.backend}"
+        )
+
+    def freeze(self) -> FastNormWear:
+        """Keeps only the folded weights of the current device and precision; encode-only from here.
+
+        ``state_dict()`` and gradients are gone; memory is about halved (and the decoder's freed).
+        """
+        with self._lock:
+            precision = self.resolved_precision
+            engine = self._engine(precision)
+            self._frozen = (engine.folded, precision)
+            self._watch = None
+            for module in self.modules():
+                for name in module._parameters:
+                    module._parameters[name] = None
+                module._buffers.clear()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The released names; after `freeze` there is none, and a UsageError says so."""
+        if getattr(self, "_frozen", None):
+            raise UsageError("this model was frozen for encoding and dropped its original weights")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``; a frozen model refuses."""
+        if getattr(self, "_frozen", None):
+            raise UsageError("this model was frozen for encoding; load weights into a new one")
+        loaded = super().load_state_dict(*args, **kwargs)
+        if hasattr(self, "weights"):
+            self.weights = {"source": "load_state_dict"}
+        return loaded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastNormWear:
+        # A move leaves engines of the old device behind: they must not outlive it.
+        if "_engines" in self.__dict__:
+            self._engines.clear()
+            if self._frozen is not None:
+                folded = _map_folded(self._frozen[0], fn)
+                if folded.carried.dtype != self._frozen[0].carried.dtype:
+                    raise UsageError("a frozen model cannot change its dtype; load it anew")
+                self._frozen = (folded, self._frozen[1])
+        return cast("FastNormWear", super()._apply(fn, recurse))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastNormWear:
+        # Engines are a cache and locks cannot be copied.
+        import copy
+
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        fresh: dict[str, Any] = {"_watch": None, "_engines": {}, "_lock": threading.RLock()}
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_watch": None, "_engines": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
+    def _precision(self, precision: str | None) -> str:
+        if self._frozen is not None:
+            kept = self._frozen[1]
+            if precision not in (None, "auto", kept):
+                raise UsageError(
+                    f"this model was frozen in {kept}; precision {precision!r} is gone"
+                )
+            return kept
+        if self.cls_token.dtype == torch.float64 and precision is None:
+            return "float64"  # what `.double()` asks for
+        return resolve_precision(precision or self.precision, self.device)
+
+    def _watched(self) -> _Watch:
+        if self._watch is None or not self._watch.unchanged():
+            self._watch = _Watch(self)
+            self._engines.clear()
+        return self._watch
+
+    def _engine(self, precision: str | None = None) -> Engine:
+        """The engine of the current weights; folds them where they changed since the last call."""
+        resolved = self._precision(precision)
+        if self._frozen is None:
+            self._watched()
+        key = (self.device, resolved, self.backend)
+        if key not in self._engines:
+            if self._frozen is not None:
+                folded = self._frozen[0]
+            else:
+                self._check_foldable()
+                folded = fold(self, _DTYPES[resolved])
+            self._engines[key] = Engine(
+                folded,
+                self.config,
+                scalogram_method(self.optimized_cwt),
+                select_backend(self.backend, self.device),
+            )
+        return self._engines[key]
+
+    def _check_foldable(self) -> None:
+        """Folding reads weights: a layer that computes anything else (an adapter, a hook) must not."""
+        for name, module in [*self.encoder_blocks.named_modules(), ("norm", self.norm)]:
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise UsageError(f"{name} has forward hooks, which fast inference would not run")
+            if not list(module.children()) and type(module) not in _FOLDABLE:
+                raise UsageError(
+                    f"{name} is a {type(module).__name__}, not a plain layer; merge adapters into the "
+                    "weights before encoding"
+                )
+
+    # --- upstream's calls ----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Token embeddings of equal windows at the model's rate.
+
+        Args:
+            x: (B, C, L) floating point on the model's device, L >= 11.
+
+        Returns:
+            (B, C, T, E) float32, row 0 of each channel its [CLS].
+
+        Raises:
+            InputError: another shape, fewer than 11 samples, or NaN (named by window and channel).
+        """
+        if x.ndim != 3 or 0 in x.shape:
+            raise InputError(f"input is {tuple(x.shape)}; it must be (batch, channels, samples)")
+        if x.shape[-1] < MIN_SAMPLES:
+            raise InputError(
+                f"windows of {x.shape[-1]} samples are too short; {MIN_SAMPLES} are needed"
+            )
+        if self._needs_gradients(x):
+            spectrum = scalogram(
+                x.to(self._series_dtype()),
+                scalogram_method(self.optimized_cwt),
+                wavelet=self.config.wavelet,
+                num_scales=self.config.num_scales,
+            )
+            return super().forward(spectrum.to(self.cls_token.dtype))  # type: ignore[return-value]
+        return self._forward_fast(x)
+
+    def _needs_gradients(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        if x.requires_grad:
+            return True
+        return self._frozen is None and self._watched().requires_grad()
+
+    def _series_dtype(self) -> torch.dtype:
+        # Half-precision parameters still take a float32 series: its second difference needs the bits.
+        if self._frozen is None and self.cls_token.dtype == torch.float64:
+            return torch.float64
+        return torch.float32
+
+    def _forward_fast(self, x: Tensor) -> Tensor:
+        batch, channels, samples = x.shape
+        tokens = window_tokens(1, samples, self.optimized_cwt, self.config)
+        per_batch = max(1, self.batch_tokens_default() // (channels * tokens))
+        with torch.inference_mode(), self._lock:
+            x = x.to(self._series_dtype()).contiguous()
+            engine = self._engine()
+            parts = []
+            for first in range(0, batch, per_batch):
+                part = x[first : first + per_batch]
+                layout = self._layout([(channels, samples)] * len(part))
+                parts.append(engine.run(part.reshape(-1), layout, "patch"))
+            engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.view(batch, channels, tokens, self.config.embed_dim)
+
+    def get_embedding(
+        self,
+        sample_data: ArrayLike | Tensor,
+        sampling_rate: float = SAMPLING_RATE,
+        device: str | torch.device | None = None,
+        *,
+        resample: Resample = "upstream",
+    ) -> Tensor:
+        """Upstream's call: windows to token embeddings.
+
+        Args:
+            sample_data: (B, C, L) NumPy array or tensor, in the signal's own units.
+            sampling_rate: Hz, of all of them.
+            device: where the result should be; the model's device by default.
+            resample: ``upstream`` resamples to 65 Hz only above 256 Hz, so that the same signal at 64
+                and at 250 Hz lands on different scales; ``always`` and ``never`` mean it.
+
+        Returns:
+            (B, C, T, E) float32.
+
+        Raises:
+            InputError: another shape, a rate that is not positive, or NaN (window and channel named).
+        """
+        if isinstance(sample_data, Tensor):
+            x = sample_data
+        else:
+            x = torch.from_numpy(np.ascontiguousarray(_as_float_array(sample_data)))
+        if x.ndim != 3:
+            raise InputError(
+                f"sample_data is {tuple(x.shape)}; it must be (batch, channels, samples)"
+            )
+        if not x.is_floating_point():
+            x = x.float()
+        _check_rate(sampling_rate)
+        _check_finite(x.detach())
+        x = x.to(self.device, self._series_dtype())
+        if resample not in ("upstream", "always", "never"):
+            raise InputError(
+                f"resample is {resample!r}; it must be 'upstream', 'always' or 'never'"
+            )
+        if resample == "upstream" and sampling_rate > UPSTREAM_RESAMPLES_ABOVE:
+            from normwear_fast.preprocess import resample_sinc
+
+            x = resample_sinc(x, sampling_rate)
+        elif resample == "always" and sampling_rate != SAMPLING_RATE:
+            from normwear_fast.preprocess import resample_window
+
+            if x.requires_grad:
+                raise InputError("resample='always' is not differentiable; resample beforehand")
+            samples = round(x.shape[-1] / sampling_rate * SAMPLING_RATE)
+            y = resample_window(x.cpu().double().numpy(), sampling_rate, samples)
+            x = torch.from_numpy(y).to(x.device, x.dtype)
+        out = self(x)
+        return out if device is None else out.to(device)
+
+    # --- many windows --------------------------------------------------------------------------------
+
+    def _layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
+        method = scalogram_method(self.optimized_cwt)
+        return cached_layout(tuple(shapes), method, self.config, self.device)
+
+    def _window_tokens(self, shape: tuple[int, int]) -> int:
+        return window_tokens(*shape, self.optimized_cwt, self.config)
+
+    def _run_unit(
+        self,
+        windows: Sequence[NDArray[np.float32]],
+        pool: Pool,
+        batch_tokens: int | None,
+        precision: str | None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(index, (C, E) or (C, T, E)) of every window of one work unit, micro-batch by micro-batch."""
+        if pool not in ("mean", "cls", "patch"):
+            raise InputError(f"pool is {pool!r}; it must be 'mean', 'cls' or 'patch'")
+        shapes = []
+        for i, window in enumerate(windows):
+            if window.ndim != 2 or window.shape[0] == 0:
+                raise InputError(f"window {i} is {window.shape}; it must be (channels, samples)")
+            if window.shape[1] < MIN_SAMPLES:
+                raise InputError(
+                    f"window {i} has {window.shape[1]} samples at {SAMPLING_RATE:g} Hz; "
+                    f"{MIN_SAMPLES} are needed"
+                )
+            shapes.append((window.shape[0], window.shape[1]))
+        tokens = [self._window_tokens(shape) for shape in shapes]
+        if batch_tokens is not None:
+            for i, count in enumerate(tokens):
+                if count > batch_tokens:
+                    raise InputError(
+                        f"window {i} of {shapes[i][0]} channels and {shapes[i][1]} samples has {count} "
+                        f"tokens; batch_tokens={batch_tokens} must be at least that"
+                    )
+        budget = batch_tokens or self.batch_tokens_default()
+        with self._lock, torch.inference_mode():
+            engine = self._engine(precision)
+            for batch in plan_micro_batches(shapes, tokens, budget):
+                layout = self._layout([shapes[i] for i in batch.windows])
+                series = np.concatenate([windows[i].reshape(-1) for i in batch.windows])
+                packed = torch.from_numpy(series).to(self.device, self._series_dtype())
+                out = engine.run(packed, layout, pool)
+                parts = out.split(self._rows(layout, pool))
+                for i, part in zip(batch.windows, parts, strict=True):
+                    yield i, part.unflatten(0, (shapes[i][0], -1)) if pool == "patch" else part
+            engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
+
+    @staticmethod
+    def _rows(layout: Layout, pool: Pool) -> list[int]:
+        """Output rows of each window."""
+        if pool != "patch":
+            return list(layout.windows.lengths)
+        bounds, windows = layout.sequences.bounds, layout.windows.bounds
+        return [bounds[b] - bounds[a] for a, b in pairwise(windows)]
+
+    def encode_unit(
+        self,
+        windows: Sequence[NDArray[np.float32]],
+        *,
+        pool: Pool = "mean",
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """Encodes one work unit: windows at the model's rate, packed the same way every time.
+
+        The same windows in the same order give the same bits (same weights, precision, backend,
+        library, threads and device type).
+
+        Args:
+            windows: (C_i, L_i) float32 at 65 Hz, L_i >= 11.
+            pool: ``mean`` over a channel's tokens ([CLS] included), its ``cls``, or ``patch``: all.
+            batch_tokens: tokens in flight, a hard bound; by default the device's, and a single larger
+                window runs alone.
+            precision: this call's, instead of the model's.
+
+        Returns:
+            A (C_i, E) float32 array a window, (C_i, T_i, E) for ``patch``, in the order given.
+        """
+        out: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(windows)
+        for i, part in self._run_unit(windows, pool, batch_tokens, precision):
+            out[i] = part.float().cpu().numpy()
+        return out
+
+    def encode(
+        self,
+        windows: ArrayLike | Tensor | Sequence[ArrayLike | Tensor],
+        sampling_rate: float | Sequence[float] = SAMPLING_RATE,
+        *,
+        pool: Pool = "mean",
+        channels: ChannelPool = "keep",
+        batch_tokens: int | None = None,
+        precision: str | None = None,
+        resample: Literal["always", "never", "upstream"] = "always",
+        missing: Literal["error", "interpolate"] = "error",
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+    ) -> Any:
+        """Embeddings of many windows, equal or ragged, in bounded memory.
+
+        Args:
+            windows: one array (B, C, L), or a list of (C_i, L_i) arrays; the signal's own units.
+            sampling_rate: Hz, one number or one a window.
+            pool: over a channel's tokens: ``mean`` of all ([CLS] included, the published evaluation),
+                ``cls``, or ``patch`` for none.
+            channels: ``keep`` them apart, ``mean`` over them, or ``concat`` them.
+            batch_tokens: tokens in flight, a hard bound on memory; the device's default otherwise.
+            precision: this call's, instead of the model's.
+            resample: ``always`` brings each window to round(duration * 65) samples; ``never``;
+                ``upstream`` only above 256 Hz, as `get_embedding` does.
+            missing: what NaN and inf do: ``error``, or ``interpolate`` linearly inside the window.
+            show_progress_bar: on standard error; by default on a terminal.
+            convert_to_numpy: arrays; False for tensors on the CPU.
+
+        Returns:
+            (B, C, E) for ``keep``, (B, E) for ``mean``, (B, C E) for ``concat``, with a token axis
+            (B, C, T, E) for ``patch`` and its like; a list, one a window, where the shapes differ.
+
+        Raises:
+            InputError: a window of another form, too short, or with missing values (named).
+        """
+        if channels not in ("keep", "mean", "concat"):
+            raise InputError(f"channels is {channels!r}; it must be 'keep', 'mean' or 'concat'")
+        if missing not in ("error", "interpolate"):
+            raise InputError(f"missing is {missing!r}; it must be 'error' or 'interpolate'")
+        items = _window_list(windows)
+        rates = _rate_list(sampling_rate, len(items))
+        shapes = [
+            (item.shape[0], _samples_at_model_rate(item.shape[1], rate, resample))
+            for item, rate in zip(items, rates, strict=True)
+        ]
+        counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
+        budget = batch_tokens or self.batch_tokens_default()
+        outputs = _Outputs(
+            [self._output_shape(s, pool, channels) for s in shapes], convert_to_numpy
+        )
+        with _progress(show_progress_bar, len(items)) as advance:
+            for unit in plan_units(counts, UNIT_BATCHES * budget):
+                prepared = [
+                    _prepare(items[i], rates[i], shapes[i][1], resample, missing, i) for i in unit
+                ]
+                for i, part in self._run_unit(prepared, pool, batch_tokens, precision):
+                    outputs.put(unit[i], _pool_channels(part, channels))
+                    advance()
+        return outputs.result()
+
+    def _output_shape(
+        self, shape: tuple[int, int], pool: Pool, channels: ChannelPool
+    ) -> tuple[int, ...]:
+        count, width = shape[0], self.config.embed_dim
+        tokens: tuple[int, ...] = ()
+        if pool == "patch":
+            tokens = (self._window_tokens((1, max(shape[1], MIN_SAMPLES))),)
+        if channels == "keep":
+            return (count, *tokens, width)
+        return (*tokens, width if channels == "mean" else count * width)
+
+
+def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> FoldedEncoder:
+    """A tensor function over every tensor of the folded weights."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return fn(value)
+        if isinstance(value, FoldedBlock | FoldedEncoder):
+            return type(value)(**{f.name: mapped(getattr(value, f.name)) for f in fields(value)})
+        if isinstance(value, tuple):
+            return tuple(mapped(item) for item in value)
+        if isinstance(value, dict):
+            return {key: mapped(item) for key, item in value.items()}
+        return value
+
+    return cast(FoldedEncoder, mapped(folded))
+
+
+def _as_float_array(values: ArrayLike) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"values are {array.dtype}; they must be real numbers")
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def _window_list(windows: Any) -> list[NDArray[Any]]:
+    if isinstance(windows, Tensor):
+        windows = windows.detach().cpu().numpy()
+    if isinstance(windows, np.ndarray) and windows.dtype != object:
+        if windows.ndim != 3:
+            raise InputError(
+                f"windows is an array {windows.shape}; it must be (windows, channels, samples)"
+            )
+        windows = list(windows)
+    items = []
+    for i, window in enumerate(windows):
+        if isinstance(window, Tensor):
+            window = window.detach().cpu().numpy()
+        array = _as_float_array(window)
+        if array.ndim != 2 or array.shape[0] == 0:
+            raise InputError(f"window {i} is {array.shape}; it must be (channels, samples)")
+        items.append(array)
+    return items
+
+
+def _check_rate(rate: float) -> None:
+    if not (np.isfinite(rate) and rate > 0):
+        raise InputError(f"sampling_rate is {rate!r}; it must be a positive number of Hz")
+
+
+def _rate_list(sampling_rate: float | Sequence[float], count: int) -> list[float]:
+    if np.ndim(sampling_rate) == 0:
+        rates = [float(cast(float, sampling_rate))] * count
+    else:
+        rates = [float(rate) for rate in cast(Sequence[float], sampling_rate)]
+        if len(rates) != count:
+            raise InputError(f"sampling_rate has {len(rates)} values for {count} windows")
+    for rate in set(rates):
+        _check_rate(rate)
+    return rates
+
+
+def _check_finite(x: Tensor) -> None:
+    """The first window and channel with a missing value, named."""
+    finite = torch.isfinite(x).all(-1)
+    if not bool(finite.all()):
+        window, channel = (int(i) for i in (~finite).nonzero()[0])
+        raise InputError(
+            f"window {window}, channel {channel} holds NaN or inf; fill it, or use "
+            "encode(..., missing='interpolate')"
+        )
+
+
+def _samples_at_model_rate(samples: int, rate: float, resample: str) -> int:
+    if resample == "always":
+        return round(samples / rate * SAMPLING_RATE)
+    if resample == "never":
+        return samples
+    if resample != "upstream":
+        raise InputError(f"resample is {resample!r}; it must be 'always', 'never' or 'upstream'")
+    if rate <= UPSTREAM_RESAMPLES_ABOVE:
+        return samples
+    from normwear_fast.preprocess import sinc_samples
+
+    return sinc_samples(samples, rate)
+
+
+def _prepare(
+    window: NDArray[Any], rate: float, samples: int, resample: str, missing: str, index: int
+) -> NDArray[np.float32]:
+    """One window, checked and brought to the model's rate."""
+    finite = np.isfinite(window).all(axis=1)
+    if not finite.all():
+        channel = int(np.flatnonzero(~finite)[0])
+        if missing == "error":
+            raise InputError(
+                f"window {index}, channel {channel} holds NaN or inf; fill it, or pass "
+                "missing='interpolate'"
+            )
+        from normwear_fast.preprocess import fill_missing
+
+        window, fractions = fill_missing(window)
+        if (fractions == 1).any():
+            channel = int(np.flatnonzero(fractions == 1)[0])
+            raise InputError(
+                f"window {index}, channel {channel} holds no value to interpolate from"
+            )
+    if samples < MIN_SAMPLES:
+        raise InputError(
+            f"window {index} has {samples} samples at {SAMPLING_RATE:g} Hz; {MIN_SAMPLES} are needed"
+        )
+    if resample == "always" and (rate != SAMPLING_RATE or window.shape[1] != samples):
+        from normwear_fast.preprocess import resample_window
+
+        window = resample_window(window, rate, samples)
+    elif resample == "upstream" and rate > UPSTREAM_RESAMPLES_ABOVE:
+        from normwear_fast.preprocess import resample_sinc
+
+        window = resample_sinc(np.asarray(window, np.float32), rate)
+    with np.errstate(over="ignore"):
+        prepared = np.ascontiguousarray(window, dtype=np.float32)
+    if not np.isfinite(prepared).all():
+        raise InputError(f"window {index} holds values beyond float32; rescale it")
+    return prepared
+
+
+def _pool_channels(part: Tensor, channels: ChannelPool) -> Tensor:
+    """(C, E) or (C, T, E) pooled over its first axis."""
+    if channels == "keep":
+        return part
+    if channels == "mean":
+        return part.mean(0)
+    return part.movedim(0, -2).flatten(-2)
+
+
+class _Outputs:
+    """The results of a run in their final place: one array where all shapes agree, else a list."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], as_numpy: bool) -> None:
+        self.as_numpy = as_numpy
+        self.uniform = len(set(shapes)) <= 1
+        if self.uniform:
+            shape = shapes[0] if shapes else (0,)
+            self.array = torch.empty((len(shapes), *shape), dtype=torch.float32)
+        else:
+            self.items = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
+
+    def put(self, index: int, value: Tensor) -> None:
+        (self.array[index] if self.uniform else self.items[index]).copy_(value)
+
+    def result(self) -> Any:
+        if self.uniform:
+            return self.array.numpy() if self.as_numpy else self.array
+        return [item.numpy() for item in self.items] if self.as_numpy else self.items
+
+
+class _progress:
+    """A tqdm bar that counts windows, or nothing."""
+
+    def __init__(self, show: bool | None, total: int) -> None:
+        import sys
+
+        self.bar: Any = None
+        if show or (show is None and sys.stderr.isatty()):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="window", desc="encode")
+
+    def __enter__(self) -> Callable[[], None]:
+        return self._advance
+
+    def _advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,354 @@
+"""The five operators of the packed encoder: what each means, in plain PyTorch.
+
+These functions are the definition every accelerated backend is tested against. Rows are packed
+(see :mod:`normwear_fast.packing`); S sequences, E = width, H heads. Below them, the same functions as
+``torch.library`` operators in the namespace ``normwear``, one node each for ``torch.compile`` and
+``torch.export``; steady-state encoding calls the functions directly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normwear_fast.packing import Segments, equal_runs
+from normwear_fast.scalograms import derivatives
+from normwear_fast.wavelets import ScalogramMethod, scalogram_rows, wavelet_bank
+
+Pool = Literal["mean", "cls", "patch"]
+
+TOKENIZE_ROWS = 16_384
+"""Scalogram rows the plain tokenizer holds at a time: 13 MB in float32."""
+
+
+@dataclass
+class Tokenizer:
+    """What turns a series into tokens: wavelets, patch projection and templates.
+
+    Args:
+        patch_weight: (E, 3 * rows * scales) of the patch convolution.
+        templates: (sum of T, E), one template for every entry of ``token_counts``, in that order.
+        token_counts: distinct tokens T a sequence can have here, ascending.
+        patch_size: scalogram rows and scales of a patch.
+        num_scales: wavelet scales.
+        method: which scalogram.
+        wavelet: PyWavelets' name of the mother wavelet.
+    """
+
+    patch_weight: Tensor
+    templates: Tensor
+    token_counts: tuple[int, ...]
+    patch_size: tuple[int, int]
+    num_scales: int
+    method: ScalogramMethod
+    wavelet: str
+
+    def template_start(self, tokens: int) -> int:
+        """First row in ``templates`` of the template for a sequence of ``tokens`` tokens."""
+        return sum(self.token_counts[: self.token_counts.index(tokens)])
+
+    def bank(self, samples: int) -> Tensor:
+        """(num_scales, W) filters for differenced series of ``samples`` values."""
+        bank = wavelet_bank(samples, self.method, self.wavelet, self.num_scales)
+        return torch.tensor(bank, dtype=self.patch_weight.dtype, device=self.patch_weight.device)
+
+
+def tokenize(
+    residual: Tensor, series: Tensor, samples: Segments, sequences: Segments, tokenizer: Tokenizer
+) -> None:
+    """Series to tokens: differences, wavelets, patches, template, written into the packed rows.
+
+    Args:
+        residual: (>= tokens, E), overwritten.
+        series: (total samples,) float32, the sequences one after another.
+        samples: samples of each sequence.
+        sequences: tokens of each sequence.
+        tokenizer: tables of the model.
+    """
+    width = residual.shape[1]
+    patch = tokenizer.patch_weight.view(width, 3, *tokenizer.patch_size)
+    for first, stop in equal_runs(samples, sequences):
+        length, tokens = samples.lengths[first], sequences.lengths[first]
+        run = series[samples.bounds[first] : samples.bounds[stop]].view(-1, 1, length)
+        rows = residual[sequences.bounds[first] : sequences.bounds[stop]].view(-1, tokens, width)
+        bank = tokenizer.bank(length - 2)
+        start = tokenizer.template_start(tokens)
+        template = tokenizer.templates[start : start + tokens]
+        rows[:, 0] = template[0]
+        # Differences before any rounding: those of a bfloat16 series would be mostly noise.
+        differences = derivatives(run).to(bank.dtype).view(-1, 1, length - 2)
+        kept = scalogram_rows(length - 2, tokenizer.method)
+        chunk = max(1, TOKENIZE_ROWS // kept)
+        for i in range(0, len(run), chunk):
+            part = differences[3 * i : 3 * (i + chunk)]
+            y = F.conv1d(part, bank.unsqueeze(1), padding=bank.shape[1] // 2)[..., :kept]
+            scalogram = y.transpose(1, 2).unflatten(0, (-1, 3))
+            patches = F.conv2d(scalogram, patch, stride=tokenizer.patch_size)
+            rows[i : i + chunk, 1:] = patches.flatten(2).transpose(1, 2) + template[1:]
+
+
+def residual_norm(
+    residual: Tensor,
+    carried: Tensor | None,
+    eps: float,
+    *,
+    update: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Adds a pending update to the residual, then standardises residual + carried.
+
+    Args:
+        residual: (rows, E); ``update`` is added to it in place.
+        carried: (E,) constants the residual stands without, or None where it holds true values.
+        eps: of the norm.
+        update: (rows, E) or None.
+        dtype: of the result; the residual's by default.
+        out: (rows, E) buffer for the result.
+
+    Returns:
+        (rows, E): zero mean and unit variance a row; the affine part is folded into the next Linear.
+    """
+    if update is not None:
+        residual += update
+    x = residual if carried is None else residual + carried
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    if out is not None:
+        return out.copy_(normed)
+    return normed.to(dtype or residual.dtype)
+
+
+def channel_attention(
+    query: Tensor,
+    key_value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    num_heads: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention inside each segment: a channel's tokens, or a window's [CLS] rows.
+
+    Args:
+        query: (query rows, E), any row stride; holds head_size^-0.5 log2(e) already.
+        key_value: (key rows, 2 E), any row stride: keys, then values.
+        queries: query rows of each segment.
+        keys: key rows of each segment.
+        num_heads: H.
+        out: (query rows, E) buffer the result may be written to.
+
+    Returns:
+        (query rows, E), contiguous.
+    """
+    width = query.shape[1]
+    parts = []
+    for first, stop in equal_runs(queries, keys):
+        count = stop - first
+        q = query[queries.bounds[first] : queries.bounds[stop]]
+        kv = key_value[keys.bounds[first] : keys.bounds[stop]]
+        q = q.unflatten(1, (num_heads, -1)).unflatten(0, (count, -1)).transpose(1, 2)
+        kv = kv.unflatten(1, (2, num_heads, -1)).unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4)
+        # The query's log2(e) makes this exp2(q k): scale = ln 2 undoes it for the natural softmax.
+        attended = F.scaled_dot_product_attention(q, kv[0], kv[1], scale=math.log(2.0))
+        parts.append(attended.transpose(1, 2).reshape(-1, width))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if out is None else torch.cat(parts, out=out)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> None:
+    """gelu(x + bias), exact (erf), in place: x (rows, hidden), bias (hidden,)."""
+    x += bias
+    torch.ops.aten.gelu_(x)
+
+
+def pool_norm(
+    residual: Tensor,
+    carried: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    sequences: Segments,
+    pool: Pool,
+    *,
+    update: Tensor | None = None,
+) -> Tensor:
+    """The final LayerNorm and the pooling over a sequence's tokens.
+
+    Args:
+        residual: (tokens, E).
+        carried: (E,) constants the residual stands without, or None.
+        weight, bias: (E,) of the norm.
+        eps: of the norm.
+        sequences: tokens of each sequence.
+        pool: ``mean`` over all tokens ([CLS] included), ``cls``, or ``patch`` for every row.
+        update: (tokens, E) still to be added to the residual, or None.
+
+    Returns:
+        (S, E), or (tokens, E) for ``patch``, in the weight's dtype.
+    """
+
+    def norm(rows: Tensor, pending: Tensor | None) -> Tensor:
+        if pending is not None:
+            rows = rows + pending
+        rows = rows.to(weight.dtype)
+        rows = rows if carried is None else rows + carried
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+
+    if pool == "patch":
+        return norm(residual, update)
+    if pool == "cls":
+        first_rows = sequences.cu[:-1].long()
+        return norm(residual[first_rows], None if update is None else update[first_rows])
+    pooled = []
+    for first, stop in equal_runs(sequences):
+        rows = slice(sequences.bounds[first], sequences.bounds[stop])
+        normed = norm(residual[rows], None if update is None else update[rows])
+        pooled.append(normed.unflatten(0, (stop - first, -1)).mean(1))
+    return torch.cat(pooled)
+
+
+# --- The same, as torch.library operators -----------------------------------------------------------
+# Segments travel as their cumulative bounds (int32). `backends` is imported late: it needs this module.
+
+
+def _backend(device: torch.device):  # type: ignore[no-untyped-def]
+    from normwear_fast.backends import select_backend
+
+    return select_backend("auto", device)
+
+
+@torch.library.custom_op("normwear::tokenize", mutates_args=("residual",))
+def _tokenize(
+    residual: Tensor,
+    series: Tensor,
+    cu_samples: Tensor,
+    cu_tokens: Tensor,
+    patch_weight: Tensor,
+    templates: Tensor,
+    token_counts: Sequence[int],
+    patch_size: Sequence[int],
+    num_scales: int,
+    method: str,
+    wavelet: str,
+) -> None:
+    tokenizer = Tokenizer(
+        patch_weight,
+        templates,
+        tuple(token_counts),
+        (patch_size[0], patch_size[1]),
+        num_scales,
+        cast(ScalogramMethod, method),
+        wavelet,
+    )
+    _backend(residual.device).tokenize(
+        residual, series, Segments.from_cu(cu_samples), Segments.from_cu(cu_tokens), tokenizer
+    )
+
+
+@_tokenize.register_fake
+def _(
+    residual: Tensor,
+    series: Tensor,
+    cu_samples: Tensor,
+    cu_tokens: Tensor,
+    patch_weight: Tensor,
+    templates: Tensor,
+    token_counts: Sequence[int],
+    patch_size: Sequence[int],
+    num_scales: int,
+    method: str,
+    wavelet: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("normwear::residual_norm", mutates_args=("residual",))
+def _residual_norm(
+    residual: Tensor,
+    carried: Tensor | None,
+    eps: float,
+    update: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    normed: Tensor = _backend(residual.device).residual_norm(
+        residual, carried, eps, update=update, dtype=dtype
+    )
+    return normed
+
+
+@_residual_norm.register_fake
+def _(
+    residual: Tensor,
+    carried: Tensor | None,
+    eps: float,
+    update: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return residual.new_empty(residual.shape, dtype=dtype)
+
+
+@torch.library.custom_op("normwear::channel_attention", mutates_args=())
+def _channel_attention(
+    query: Tensor, key_value: Tensor, cu_queries: Tensor, cu_keys: Tensor, num_heads: int
+) -> Tensor:
+    attended: Tensor = _backend(query.device).channel_attention(
+        query, key_value, Segments.from_cu(cu_queries), Segments.from_cu(cu_keys), num_heads
+    )
+    return attended
+
+
+@_channel_attention.register_fake
+def _(
+    query: Tensor, key_value: Tensor, cu_queries: Tensor, cu_keys: Tensor, num_heads: int
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("normwear::bias_gelu", mutates_args=("x",))
+def _bias_gelu(x: Tensor, bias: Tensor) -> None:
+    _backend(x.device).bias_gelu(x, bias)
+
+
+@_bias_gelu.register_fake
+def _(x: Tensor, bias: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("normwear::pool_norm", mutates_args=())
+def _pool_norm(
+    residual: Tensor,
+    carried: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_tokens: Tensor,
+    pool: str,
+    update: Tensor | None,
+) -> Tensor:
+    sequences = Segments.from_cu(cu_tokens)
+    pooled: Tensor = _backend(residual.device).pool_norm(
+        residual, carried, weight, bias, eps, sequences, cast(Pool, pool), update=update
+    )
+    return pooled
+
+
+@_pool_norm.register_fake
+def _(
+    residual: Tensor,
+    carried: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_tokens: Tensor,
+    pool: str,
+    update: Tensor | None,
+) -> Tensor:
+    rows = residual.shape[0] if pool == "patch" else cu_tokens.shape[0] - 1
+    return weight.new_empty((rows, residual.shape[1]))

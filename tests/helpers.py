@@ -1,0 +1,67 @@
+"""What several test files share: the reference numbers and the weights they were made with."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normwear_fast.config import NormWearConfig
+from normwear_fast.reference import ReferenceNormWear
+
+GOLDEN = Path(__file__).parent / "golden"
+ENCODER_GOLDENS = tuple(sorted(path.stem for path in GOLDEN.glob("encoder_*.npz")))
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of ``tests/golden/<name>.npz``."""
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def golden_config(arrays: Mapping[str, np.ndarray]) -> NormWearConfig:
+    return NormWearConfig(**json.loads(str(arrays["config"])))
+
+
+def recipe_state_dict(initial: Mapping[str, Tensor], weight_seed: int) -> dict[str, Tensor]:
+    """The weights of the reference numbers: every entry from a generator seeded by its name.
+
+    The recipe is tests/golden/README.md's; position tables and counters stay as initialised.
+    """
+    weights = {}
+    for name, value in initial.items():
+        if name.endswith(("pos_embed", "num_batches_tracked")):
+            weights[name] = value.detach().clone()
+            continue
+        generator = np.random.RandomState((zlib.crc32(name.encode()) + weight_seed) % 2**32)
+        z = generator.standard_normal(tuple(value.shape)).astype(np.float32)
+        if name.endswith("running_var"):
+            z = 1 + 0.1 * np.abs(z)
+        elif name.endswith("running_mean"):
+            z = 0.1 * z
+        elif name in ("cls_token", "mask_token"):
+            z = 0.02 * z
+        elif z.ndim >= 2:
+            z = z / np.sqrt(np.prod(z.shape[1:]))
+        elif name.endswith("weight"):
+            z = 1 + 0.1 * z
+        else:
+            z = 0.05 * z
+        weights[name] = torch.from_numpy(z.astype(np.float32))
+    return weights
+
+
+@lru_cache(maxsize=2)
+def _recipe_weights(config: NormWearConfig, weight_seed: int) -> dict[str, Tensor]:
+    return recipe_state_dict(ReferenceNormWear(config, seed=None).state_dict(), weight_seed)
+
+
+def golden_weights(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The state dict a reference file was made with; kept, since the released size takes seconds."""
+    return _recipe_weights(golden_config(arrays), int(arrays["weight_seed"]))

@@ -1,0 +1,447 @@
+"""FastNormWear as its users meet it: the drop-in call, `encode`, and who owns the weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from helpers import ENCODER_GOLDENS, golden, golden_config, golden_weights, recipe_state_dict
+
+from normwear_fast import FastNormWear, NormWearConfig, scalogram
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.reference import ReferenceNormWear
+
+TINY = NormWearConfig(embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16, decoder_depth=1)
+
+
+def tiny(optimized_cwt=True, precision="float32", **kwargs):
+    model = FastNormWear(optimized_cwt, config=TINY, precision=precision, **kwargs)
+    model.load_state_dict(recipe_state_dict(model.state_dict(), 5))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+def cosine(a, b):
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ENCODER_GOLDENS)
+def test_encoder_golden(name, precision):
+    arrays = golden(name)
+    model = FastNormWear("scipy" not in name, config=golden_config(arrays), precision=precision)
+    model.load_state_dict(golden_weights(arrays))
+    with torch.inference_mode():
+        out = model.get_embedding(arrays["x"]).numpy()
+    base = "_base_" in name
+    got, expected = (
+        (out[:, :, arrays["rows"]], arrays["out_rows"]) if base else (out, arrays["out"])
+    )
+    assert got.shape == expected.shape
+    if precision == "float32":
+        assert np.abs(got - expected).max() <= (1e-4 if base else 2e-5)
+    else:
+        similarity = cosine(got, expected)
+        assert similarity.mean() >= 0.999
+        assert similarity.min() >= 0.995
+
+
+def test_same_numbers_as_the_reference_on_its_own_scalogram(model):
+    reference = ReferenceNormWear(TINY).eval()
+    reference.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 77)
+    with torch.inference_mode():
+        expected = reference(scalogram(x))
+        assert (model(x) - expected).abs().max() < 2e-5
+
+
+# --- get_embedding --------------------------------------------------------------------------------
+
+
+def test_get_embedding_takes_numpy_and_tensors_alike(model):
+    x = np.random.default_rng().standard_normal((2, 2, 50)).astype(np.float32)
+    with torch.inference_mode():
+        a = model.get_embedding(x, sampling_rate=64, device="cpu")
+        b = model.get_embedding(torch.from_numpy(x), 64)
+        c = model.get_embedding(x.astype(np.float64).tolist())
+    assert isinstance(a, torch.Tensor)
+    assert torch.equal(a, b)
+    assert torch.equal(a, c)
+
+
+def test_upstream_resamples_only_above_256_hz(model):
+    from normwear_fast.preprocessing import resample_sinc
+
+    x = np.random.default_rng().standard_normal((1, 2, 1200)).astype(np.float32)
+    with torch.inference_mode():
+        as_it_is = model.get_embedding(x, 256)
+        assert torch.equal(as_it_is, model.get_embedding(x, 65))
+        above = model.get_embedding(x, 300)  # upstream crashes here on NumPy input
+        assert torch.equal(above, model.get_embedding(resample_sinc(x, 300)))
+        assert torch.equal(model.get_embedding(x, 300, resample="never"), as_it_is)
+        always = model.get_embedding(x, 130, resample="always")
+    assert always.shape[2] == model.get_embedding(x[..., :600]).shape[2]
+
+
+def test_get_embedding_names_window_and_channel_of_a_nan(model):
+    x = np.zeros((3, 2, 40), np.float32)
+    x[1, 1, 7] = np.nan
+    with pytest.raises(InputError, match="window 1, channel 1"):
+        model.get_embedding(x)
+    x[1, 1, 7] = np.inf
+    with pytest.raises(InputError, match="window 1, channel 1"):
+        model.get_embedding(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "rate", "message"),
+    [
+        (np.zeros((2, 40)), 65, "(batch, channels, samples)"),
+        (np.zeros((1, 1, 10)), 65, "11"),
+        (np.zeros((1, 0, 40)), 65, "(batch, channels, samples)"),
+        (np.zeros((1, 1, 40)), 0, "sampling_rate"),
+        (np.zeros((1, 1, 40)), float("nan"), "sampling_rate"),
+        (np.array([[["a"]]]), 65, "real numbers"),
+        (np.zeros((1, 1, 40), complex), 65, "real numbers"),
+    ],
+)
+def test_get_embedding_refuses(model, x, rate, message):
+    with pytest.raises(InputError) as caught:
+        model.get_embedding(x, rate)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- properties -----------------------------------------------------------------------------------
+
+
+def test_channel_order_permutes_the_output(model):
+    x = torch.randn(2, 5, 60)
+    order = torch.randperm(5)
+    with torch.inference_mode():
+        assert (model(x)[:, order] - model(x[:, order])).abs().max() < 2e-5
+
+
+def test_channels_see_each_other_through_cls_only_within_their_window(model):
+    x = torch.randn(2, 3, 60)
+    changed = x.clone()
+    changed[0, 2] += 1
+    with torch.inference_mode():
+        before, after = model(x), model(changed)
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-4
+    assert torch.equal(before[1], after[1])
+
+
+def test_ragged_equals_one_by_one_and_keeps_the_order(model):
+    rng = np.random.default_rng()
+    shapes = [(int(rng.integers(1, 15)), int(rng.integers(11, 200))) for _ in range(12)]
+    windows = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    for pool in ("mean", "cls", "patch"):
+        together = model.encode(windows, pool=pool, resample="never")
+        assert isinstance(together, list)
+        for window, got in zip(windows, together, strict=True):
+            alone = model.encode(window[None], pool=pool, resample="never")[0]
+            assert got.shape == alone.shape
+            assert np.abs(got - alone).max() < 2e-5
+
+
+def test_same_plan_same_bits(model):
+    rng = np.random.default_rng()
+    windows = [rng.standard_normal((2, 40 + 9 * (i % 3))).astype(np.float32) for i in range(9)]
+    first = model.encode_unit(windows)
+    again = model.encode_unit(windows)
+    twin = copy.deepcopy(model).encode_unit(windows)
+    for a, b, c in zip(first, again, twin, strict=True):
+        assert np.array_equal(a, b)
+        assert np.array_equal(a, c)
+
+
+def test_batch_composition_stays_within_parity(model):
+    windows = np.random.default_rng().standard_normal((17, 2, 50)).astype(np.float32)
+    whole = model.encode(windows)
+    for budget in (160, 300, 5_000):
+        assert np.abs(model.encode(windows, batch_tokens=budget) - whole).max() < 2e-5
+
+
+def test_forward_in_parts_equals_forward_at_once(model, monkeypatch):
+    x = torch.randn(7, 2, 40)
+    with torch.inference_mode():
+        whole = model(x)
+        monkeypatch.setattr(model, "batch_tokens_default", lambda device=None: 200)
+        assert (model(x) - whole).abs().max() < 2e-5
+
+
+# --- encode ---------------------------------------------------------------------------------------
+
+
+def test_encode_shapes(model):
+    x = np.random.default_rng().standard_normal((4, 3, 40)).astype(np.float32)
+    tokens = 1 + 13 * 4
+    for pool, axis in (("mean", ()), ("cls", ()), ("patch", (tokens,))):
+        assert model.encode(x, pool=pool).shape == (4, 3, *axis, 32)
+        assert model.encode(x, pool=pool, channels="mean").shape == (4, *axis, 32)
+        assert model.encode(x, pool=pool, channels="concat").shape == (4, *axis, 96)
+    everything = model.encode(x, pool="patch")
+    assert np.abs(model.encode(x) - everything.mean(2)).max() < 1e-6
+    assert np.abs(model.encode(x, pool="cls") - everything[:, :, 0]).max() < 2e-5
+    joined = model.encode(x, channels="concat").reshape(4, 3, 32)
+    assert np.array_equal(joined, model.encode(x))
+    tensor = model.encode(x, convert_to_numpy=False)
+    assert isinstance(tensor, torch.Tensor)
+    assert np.array_equal(tensor.numpy(), model.encode(x))
+
+
+def test_encode_resamples_each_window_from_its_own_rate(model):
+    rng = np.random.default_rng()
+    windows = [rng.standard_normal((2, 400)), rng.standard_normal((2, 400))]
+    out = model.encode(windows, sampling_rate=[130, 32.5], pool="patch")
+    assert [o.shape[1] for o in out] == [1 + 13 * (200 // 9), 1 + 13 * (800 // 9)]
+    slow = model.encode(windows, sampling_rate=[200, 300], pool="patch", resample="upstream")
+    assert [o.shape[1] for o in slow] == [1 + 13 * (400 // 9), 1 + 13 * (87 // 9)]
+
+
+def test_encode_of_nothing(model):
+    assert len(model.encode([])) == 0
+
+
+def test_encode_missing_values(model):
+    x = np.random.default_rng().standard_normal((3, 2, 40)).astype(np.float32)
+    broken = x.copy()
+    broken[2, 1, 5:8] = np.nan
+    with pytest.raises(InputError, match="window 2, channel 1"):
+        model.encode(broken)
+    filled = x.copy()
+    filled[2, 1, 4:9] = np.linspace(x[2, 1, 4], x[2, 1, 8], 5)
+    got = model.encode(broken, missing="interpolate")
+    assert np.abs(got - model.encode(filled)).max() < 2e-5
+    broken[0, 0] = np.nan
+    with pytest.raises(InputError, match="window 0, channel 0 holds no value"):
+        model.encode(broken, missing="interpolate")
+
+
+@pytest.mark.parametrize(
+    ("windows", "options", "message"),
+    [
+        (np.zeros((2, 40)), {}, "(windows, channels, samples)"),
+        ([np.zeros(40)], {}, "window 0 is (40,)"),
+        ([np.zeros((0, 40))], {}, "window 0 is (0, 40)"),
+        ([np.zeros((1, 40)), np.zeros((1, 10))], {}, "window 1 has 10 samples"),
+        ([np.zeros((1, 40))], {"pool": "max"}, "pool is 'max'"),
+        ([np.zeros((1, 40))], {"channels": "sum"}, "channels is 'sum'"),
+        ([np.zeros((1, 40))], {"missing": "drop"}, "missing is 'drop'"),
+        ([np.zeros((1, 40))], {"resample": "maybe"}, "resample is 'maybe'"),
+        ([np.zeros((1, 40))], {"sampling_rate": [65, 65]}, "2 values for 1 windows"),
+        ([np.zeros((1, 40))], {"batch_tokens": 20}, "batch_tokens=20"),
+        ([np.full((1, 40), 1e300)], {}, "beyond float32"),
+        ([np.array([["x"] * 40])], {}, "real numbers"),
+    ],
+)
+def test_encode_refuses(model, windows, options, message):
+    with pytest.raises(InputError) as caught:
+        model.encode(windows, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- who owns the weights -------------------------------------------------------------------------
+
+
+def changes(model, x, change):
+    before = model.encode(x)
+    change()
+    return not np.array_equal(model.encode(x), before)
+
+
+def test_the_cache_follows_every_way_weights_change(model):
+    model = copy.deepcopy(model)
+    x = np.random.default_rng().standard_normal((1, 2, 40)).astype(np.float32)
+    linear = model.encoder_blocks[1].variate_encoder.mlp.fc1
+    assert not changes(model, x, lambda: None)
+
+    def in_place():
+        with torch.no_grad():
+            linear.weight.mul_(1.5)
+
+    def in_inference_mode():
+        with torch.inference_mode():
+            linear.weight.mul_(1.5)
+
+    def data():
+        linear.weight.data = linear.weight.data * 1.5
+
+    def replaced():
+        linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5)
+
+    def module():
+        fresh = torch.nn.Linear(linear.in_features, linear.out_features)
+        model.encoder_blocks[1].variate_encoder.mlp.fc1 = fresh
+
+    def loaded():
+        model.load_state_dict(recipe_state_dict(model.state_dict(), 99))
+
+    def assigned():
+        model.load_state_dict(recipe_state_dict(model.state_dict(), 98), assign=True)
+
+    def optimiser_step():
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+        model(torch.from_numpy(x)).square().mean().backward()
+        optimiser.step()
+
+    for change in (
+        in_place,
+        in_inference_mode,
+        data,
+        replaced,
+        module,
+        loaded,
+        assigned,
+        optimiser_step,
+    ):
+        assert changes(model, x, change), change.__name__
+        reference = ReferenceNormWear(TINY).eval()
+        reference.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            expected = reference(scalogram(torch.from_numpy(x))).mean(2).numpy()
+        assert np.abs(model.encode(x) - expected).max() < 2e-5, change.__name__
+
+
+def test_built_in_inference_mode_still_notices_changes():
+    with torch.inference_mode():
+        model = tiny()
+        x = np.random.default_rng().standard_normal((1, 1, 40)).astype(np.float32)
+        assert changes(model, x, lambda: model.norm.bias.add_(1))
+
+
+def test_gradients_flow_through_the_drop_in(model):
+    model = copy.deepcopy(model)
+    x = torch.randn(2, 2, 40, requires_grad=True)
+    out = model.get_embedding(x)
+    assert out.requires_grad
+    with torch.inference_mode():
+        assert (model.get_embedding(x.detach()) - out).abs().max() < 2e-5
+    out.square().mean().backward()
+    assert torch.isfinite(x.grad).all()
+    encoder = [p for n, p in model.named_parameters() if p.requires_grad and "decoder" not in n]
+    assert sum(p.grad is not None for p in encoder) > 50
+    model.requires_grad_(False)
+    assert not model.get_embedding(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("optimized_cwt", [True, False])
+def test_gradcheck(optimized_cwt):
+    config = NormWearConfig(embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1)
+    model = FastNormWear(optimized_cwt, config=config).double()
+    model.load_state_dict(recipe_state_dict(model.state_dict(), 1))
+    x = torch.randn(1, 2, 12, dtype=torch.float64, requires_grad=True)
+    qkv = model.encoder_blocks[0].cls_fusion.attn.qkv.bias
+
+    def run(x, bias):
+        # the parameter's value goes in by hand: gradcheck perturbs its own copy
+        with torch.no_grad():
+            kept = qkv.detach().clone()
+        out = torch.func.functional_call(
+            model, {"encoder_blocks.0.cls_fusion.attn.qkv.bias": bias}, (x,)
+        )
+        assert torch.equal(qkv, kept)
+        return out
+
+    assert torch.autograd.gradcheck(run, (x, qkv.detach().clone().requires_grad_()))
+
+
+def test_double_precision_is_the_reference_in_double(model):
+    model = copy.deepcopy(model).double()
+    x = torch.randn(1, 2, 45, dtype=torch.float64)
+    expected = model(x.clone().requires_grad_())
+    with torch.inference_mode():
+        got = model(x)
+    assert got.dtype == torch.float64
+    assert (got - expected).abs().max() < 1e-12
+
+
+def test_freeze_keeps_encoding_and_drops_the_rest():
+    model = tiny()
+    x = np.random.default_rng().standard_normal((2, 2, 40)).astype(np.float32)
+    before = model.encode(x)
+    held = sum(p.numel() for p in model.parameters())
+    assert model.freeze() is model
+    assert held > 0
+    assert not list(model.parameters())
+    assert np.array_equal(model.encode(x), before)
+    assert np.array_equal(model.get_embedding(x).mean(2).numpy(), before)
+    model.to("cpu")
+    assert np.array_equal(model.encode(x), before)
+    with pytest.raises(UsageError, match="frozen"):
+        model.state_dict()
+    with pytest.raises(UsageError, match="frozen"):
+        model.load_state_dict({})
+    with pytest.raises(UsageError, match="frozen in float32"):
+        model.encode(x, precision="bfloat16")
+    with pytest.raises(UsageError, match="dtype"):
+        model.double()
+
+
+def test_an_adapter_is_refused_rather_than_ignored(model):
+    model = copy.deepcopy(model)
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model.encoder_blocks[0].variate_encoder.attn.qkv = Adapter(32, 96)
+    with pytest.raises(UsageError, match="qkv is a Adapter"):
+        model.encode(np.zeros((1, 1, 40), np.float32))
+    assert model(torch.zeros(1, 1, 40)).requires_grad
+
+
+def test_random_weights_say_so(model):
+    fresh = FastNormWear(config=TINY, seed=12)
+    assert "random (seed 12)" in repr(fresh)
+    assert fresh.provenance()["weights"] == {"source": "random", "seed": 12}
+    assert fresh.provenance()["scalogram"] == "scipy"
+    assert not fresh.optimized_cwt
+
+
+def test_constructor_refuses(tmp_path):
+    with pytest.raises(UsageError, match="use_cwt"):
+        FastNormWear(use_cwt=False, config=TINY)
+    with pytest.raises(UsageError, match="float17"):
+        FastNormWear(config=TINY, precision="float17")
+    with pytest.raises(UsageError, match="abacus"):
+        FastNormWear(config=TINY, backend="abacus")
+
+
+def test_half_precision_parameters_still_take_a_float32_series():
+    model = tiny().to(torch.bfloat16)
+    x = np.random.default_rng().standard_normal((1, 2, 60)).astype(np.float32)
+    full = tiny().encode(x, pool="patch")
+    assert cosine(model.encode(x, pool="patch"), full).mean() > 0.999
+
+
+def test_pickle_and_copy_survive():
+    model = tiny()
+    x = np.random.default_rng().standard_normal((1, 1, 40)).astype(np.float32)
+    expected = model.encode(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)  # our own object, written a line above
+    assert np.array_equal(again.encode(x), expected)
+
+
+def test_save_and_load_bit_for_bit(tmp_path):
+    model = tiny(optimized_cwt=False)
+    model.save_pretrained(tmp_path / "saved")
+    again = FastNormWear.from_pretrained(tmp_path / "saved", precision="float32")
+    assert again.config == TINY
+    assert not again.optimized_cwt
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    x = np.random.default_rng().standard_normal((1, 2, 40)).astype(np.float32)
+    assert np.array_equal(model.encode(x), again.encode(x))
+    assert again.provenance()["weights"]["sha256"]
