@@ -604,6 +604,7 @@ def test_shared_and_strided_tensors_are_written_whole(tmp_path: Path, state: Sta
     shared = torch.randn(64)
     state["norm.weight"] = shared[8:16]
     state["norm.bias"] = shared[8:16]
+    state["decoder_norm.weight"] = state["decoder_norm.bias"] = torch.randn(8)
     state["patch_embed.proj.bias"] = shared[::8]
     fc1 = "encoder_blocks.0.variate_encoder.mlp.fc1.weight"
     state[fc1] = state[fc1].t().contiguous().t()
