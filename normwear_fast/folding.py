@@ -110,7 +110,7 @@ def fold(model: ReferenceNormWear, dtype: torch.dtype) -> FoldedEncoder:
     for i, layer in enumerate(cast(Iterable[EncoderLayer], model.encoder_blocks)):
         blocks.append(_fold_block(layer.variate_encoder, dtype, constant_dtype))
         if model.config.has_fusion(i):
-            fusions[i] = _fold_block(cast(Block, layer.cls_fusion), dtype, constant_dtype)
+            fusions[i] = _fold_block(layer.cls_fusion, dtype, constant_dtype)
     constants = [c.double() for b in blocks for c in (b.proj_constant, b.fc2_constant)]
     steps = torch.stack([torch.zeros_like(constants[0]), *constants])
     convolution = model.patch_embed.proj

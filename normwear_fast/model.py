@@ -128,10 +128,7 @@ class FastNormWear(ReferenceNormWear):
                 seed=seed if checkpoint is None else None,
             )
             if checkpoint is not None:
-                from normwear_fast.weights import check_names
-
-                check_names(checkpoint.state_dict, self.config, checkpoint.has_decoder)
-                # num_batches_tracked, a counter inference never reads, may be absent.
+                # Names were checked; num_batches_tracked, a counter inference never reads, may be absent.
                 self.load_state_dict(checkpoint.state_dict, strict=False)
         self.optimized_cwt = optimized_cwt
         self.precision = precision
@@ -184,7 +181,7 @@ class FastNormWear(ReferenceNormWear):
             self.state_dict(),
             self.config,
             optimized_cwt=self.optimized_cwt,
-            metadata={key: str(value) for key, value in self.weights.items()},
+            metadata={key: Path(str(value)).name for key, value in self.weights.items()},
         )
 
     # --- what the model is and where it runs ---------------------------------------------------------

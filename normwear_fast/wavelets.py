@@ -6,6 +6,7 @@ A bank holds one filter a scale, so that the transform of a series s of N sample
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -36,7 +37,8 @@ def mother_wavelet(name: str, t: NDArray[np.float64]) -> NDArray[np.float64]:
         UsageError: no real continuous wavelet of that name.
     """
     if name == "mexh":
-        return 2 / (np.sqrt(3) * np.pi**0.25) * (1 - t**2) * np.exp(-(t**2) / 2)
+        peak = 2 / (math.sqrt(3) * math.pi**0.25)
+        return np.asarray(peak * (1 - t**2) * np.exp(-(t**2) / 2), dtype=np.float64)
     import pywt
 
     if name not in pywt.wavelist(kind="continuous"):

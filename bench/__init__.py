@@ -1,0 +1,1 @@
+"""Benchmarks: the only place speed is claimed from."""

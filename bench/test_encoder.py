@@ -1,0 +1,199 @@
+"""The encoder in every precision against its baselines: `pytest bench --benchmark-only`.
+
+Each row is a pytest-benchmark whose every round is preceded by a timed round of the baseline, so
+that both see the same minute of the machine; the ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from normwear_fast import FastNormWear, NormWearConfig
+from normwear_fast.benchmarking import (
+    channel_flops,
+    compiled,
+    eager,
+    error_against,
+    gemm_calls,
+    gemm_rate,
+    interleave,
+    one_at_a_time,
+    reference_of,
+    synchronize,
+)
+from normwear_fast.engine import PRECISIONS
+from normwear_fast.reference import ReferenceNormWear
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, CHANNELS, SAMPLES = 2, 3, 390
+
+
+@pytest.fixture(scope="module")
+def model() -> FastNormWear:
+    return FastNormWear(True, precision="float32").requires_grad_(False).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def reference(model: FastNormWear) -> ReferenceNormWear:
+    return reference_of(model)
+
+
+@pytest.fixture(scope="module")
+def ceiling() -> dict[str, float]:
+    """FLOP/s of the best of a layer's products, by operand dtype, measured in this run."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = BATCH * CHANNELS * 560
+        calls = gemm_calls(NormWearConfig(), rows, dtype, DEVICE)
+        timings = interleave({name: call for name, (call, _) in calls.items()}, rounds=9)
+        rate = gemm_rate(timings, {name: flops for name, (_, flops) in calls.items()})
+        rates[str(dtype).removeprefix("torch.")] = rate
+    return rates
+
+
+def signal(batch: int, channels: int, samples: int) -> Tensor:
+    return torch.from_numpy(
+        np.random.default_rng(0).standard_normal((batch, channels, samples)).astype(np.float32)
+    ).to(DEVICE)
+
+
+def measure(
+    benchmark: Any,
+    row: Callable[[], object],
+    baseline: Callable[[], object],
+    rounds: int,
+    channel_windows: int,
+) -> dict[str, Any]:
+    """One row: the benchmark's rounds, each after a timed round of the baseline."""
+    seconds: list[float] = []
+
+    def timed_baseline() -> None:
+        synchronize()
+        start = time.perf_counter()
+        baseline()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+
+    def target() -> None:
+        row()
+        synchronize()
+
+    baseline()
+    benchmark.pedantic(target, setup=timed_baseline, rounds=rounds, iterations=1, warmup_rounds=1)
+    own = benchmark.stats.stats.data
+    ratios = [b / r for b, r in zip(seconds[-len(own) :], own, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    facts = {
+        "median_s": statistics.median(own),
+        "best_s": min(own),
+        "baseline_median_s": statistics.median(seconds),
+        "channel_windows_per_s": channel_windows / statistics.median(own),
+        "ratio": statistics.median(ratios),
+        "ratio_spread": (quartiles[2] - quartiles[0]) / 2,
+    }
+    benchmark.extra_info.update(facts)
+    return facts
+
+
+def fast(model: FastNormWear, x: Tensor, precision: str) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        model.precision = precision
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "auto"])
+def test_fast(benchmark, table, rounds, model, reference, ceiling, precision):
+    x = signal(BATCH, CHANNELS, SAMPLES)
+    baseline = eager(reference, True)
+    row = fast(model, x, precision)
+    facts = measure(benchmark, row, lambda: baseline(x), rounds, BATCH * CHANNELS)
+    facts |= error_against(baseline(x), row())
+    rate = ceiling.get(precision)
+    if rate:
+        best = BATCH * CHANNELS * channel_flops(model.config, SAMPLES, CHANNELS) / rate
+        facts |= {"gemm_ceiling_flops": rate, "of_ceiling": best / facts["median_s"]}
+    benchmark.extra_info.update(facts)
+    table[f"FastNormWear {precision}"] = facts
+
+
+@pytest.mark.parametrize("name", ["compiled", "one at a time"])
+def test_baseline(benchmark, table, rounds, reference, name):
+    x = signal(BATCH, CHANNELS, SAMPLES)
+    baseline = eager(reference, True)
+    other = compiled(reference, True) if name == "compiled" else one_at_a_time(reference)
+    facts = measure(benchmark, lambda: other(x), lambda: baseline(x), rounds, BATCH * CHANNELS)
+    table[f"reference {name}"] = facts
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_pooled(benchmark, table, rounds, model, pool):
+    """`cls` against `patch`: the last layer computes [CLS] rows only."""
+    x = signal(BATCH, CHANNELS, SAMPLES).cpu().numpy()
+    windows = list(x)
+
+    def run(pooling: str) -> Callable[[], object]:
+        def call() -> object:
+            return model.encode_unit(windows, pool=pooling, precision="float32")
+
+        return call
+
+    facts = measure(benchmark, run(pool), run("patch"), rounds, BATCH * CHANNELS)
+    table[f"encode pool={pool} over patch"] = facts
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "samples"),
+    [(1, 1, 64), (1, 1, 390), (1, 3, 390), (1, 14, 390), (2, 2, 650), (1, 1, 1300), (16, 3, 64)],
+)
+def test_sweep(benchmark, table, rounds, model, reference, batch, channels, samples):
+    """Window lengths, channel counts and batch sizes, float32, against the eager reference."""
+    x = signal(batch, channels, samples)
+    baseline = eager(reference, True)
+    row = fast(model, x, "float32")
+    facts = measure(benchmark, row, lambda: baseline(x), min(rounds, 5), batch * channels)
+    facts |= error_against(baseline(x), row())
+    table[f"float32 B={batch} C={channels} L={samples}"] = facts
+
+
+def test_latency_one_thread(benchmark, table, rounds, model, reference):
+    """One short window on one thread: nothing but overhead can lose here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x = signal(1, 1, 64)
+        baseline = eager(reference, True)
+        row = fast(model, x, "float32")
+        facts = measure(benchmark, row, lambda: baseline(x), max(rounds, 15), 1)
+    finally:
+        torch.set_num_threads(threads)
+    table["float32 B=1 C=1 L=64, one thread"] = facts
+
+
+def test_ragged(benchmark, table, rounds, model):
+    """A ragged mix against equal windows of as many tokens: the token rate should not care."""
+    rng = np.random.default_rng(0)
+    shapes = [(int(rng.integers(1, 6)), int(rng.integers(128, 651))) for _ in range(4)]
+    windows = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    tokens = sum(model._window_tokens(shape) for shape in shapes)
+    uniform = [rng.standard_normal((1, 390)).astype(np.float32) for _ in range(tokens // 560)]
+    budget = 16_384
+    facts = measure(
+        benchmark,
+        lambda: model.encode_unit(windows, batch_tokens=budget, precision="float32"),
+        lambda: model.encode_unit(uniform, batch_tokens=budget, precision="float32"),
+        rounds,
+        sum(channels for channels, _ in shapes),
+    )
+    facts["token_rate_ratio"] = facts["ratio"] * tokens / (560 * len(uniform))
+    table["float32 ragged over uniform"] = facts

@@ -1,0 +1,270 @@
+"""Measuring on shared machines: interleaved rounds, ratios, and the baselines all engines face.
+
+`normwear-fast bench` and the suite in ``bench/`` both use this module, so that a user's table and the
+project's are made the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normwear_fast.config import NormWearConfig
+from normwear_fast.packing import scalogram_method, sequence_tokens
+from normwear_fast.reference import ReferenceNormWear
+from normwear_fast.scalograms import scalogram
+
+
+@dataclass
+class Timing:
+    """Rounds of one function, taken in turn with the others of its run."""
+
+    seconds: list[float] = field(default_factory=list)
+    page_faults: list[int] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        quartiles = statistics.quantiles(self.seconds, n=4)
+        return (quartiles[2] - quartiles[0]) / 2 / self.median
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "median_s": self.median,
+            "best_s": self.best,
+            "spread": self.spread,
+            "rounds": len(self.seconds),
+            "page_faults": int(statistics.median(self.page_faults)) if self.page_faults else 0,
+        }
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 1
+) -> dict[str, Timing]:
+    """Times functions in turn, round by round, so that a machine's moods meet all of them.
+
+    Every second round goes backwards: whoever follows a cache-hungry neighbour does so half the time.
+    """
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    timings = {name: Timing() for name in functions}
+    for i in range(rounds):
+        names = list(functions) if i % 2 == 0 else list(functions)[::-1]
+        for name in names:
+            synchronize()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = time.perf_counter()
+            functions[name]()
+            synchronize()
+            timings[name].seconds.append(time.perf_counter() - start)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            timings[name].page_faults.append(faults)
+    return timings
+
+
+def ratio(baseline: Timing, row: Timing) -> tuple[float, float]:
+    """How many times faster ``row`` is, and the spread: median and half IQR of per-round ratios."""
+    ratios = [b / r for b, r in zip(baseline.seconds, row.seconds, strict=True)]
+    if len(ratios) < 2:
+        return ratios[0], 0.0
+    quartiles = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), (quartiles[2] - quartiles[0]) / 2
+
+
+def set_allocator_thresholds(threshold: int) -> bool:
+    """Makes glibc reuse freed buffers up to ``threshold`` bytes instead of returning them.
+
+    A fresh 41 MB activation is page-faulted anew at every use otherwise; a table says which it ran
+    under. False where the C library has no ``mallopt``.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return bool(mallopt(mmap, threshold)) and bool(mallopt(trim, threshold))
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement ran on."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": sys.platform,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def channel_flops(config: NormWearConfig, samples: int, channels: int = 1) -> float:
+    """Floating-point operations of one channel of a window: 107e9 for the released model at 390.
+
+    Linear layers, attention (4 T^2 E a layer), fusion blocks over ``channels`` rows, patches, wavelets.
+    """
+    tokens = sequence_tokens(samples, "conv", config)
+    width, hidden = config.embed_dim, config.hidden_dim
+    linear = 2 * (4 * width * width + 2 * width * hidden)
+    layers = config.depth * (tokens * linear + 4 * tokens**2 * width)
+    fusions = sum(config.has_fusion(i) for i in range(config.depth))
+    fusion = fusions * (linear + 4 * channels * width)
+    rows, taps = samples - 1, min(640, samples - 2)
+    scalogram_flops = 2 * 3 * rows * config.num_scales * taps
+    patches = 2 * (tokens - 1) * width * 3 * config.patch_size[0] * config.patch_size[1]
+    return layers + fusion + scalogram_flops + patches
+
+
+def gemm_shapes(config: NormWearConfig, rows: int) -> dict[str, tuple[int, int, int]]:
+    """(M, N, K) of a layer's four products."""
+    width, hidden = config.embed_dim, config.hidden_dim
+    return {
+        "qkv": (rows, 3 * width, width),
+        "proj": (rows, width, width),
+        "fc1": (rows, hidden, width),
+        "fc2": (rows, width, hidden),
+    }
+
+
+def gemm_calls(
+    config: NormWearConfig, rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Callable[[], object], float]]:
+    """The four products of torch's library as (call, FLOPs), on operands of that dtype."""
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for name, (m, n, k) in gemm_shapes(config, rows).items():
+        a = torch.randn(m, k, device=device).to(dtype)
+        b = torch.randn(n, k, device=device).to(dtype)
+        out = torch.empty(m, n, dtype=dtype, device=device)
+
+        def call(a: Tensor = a, b: Tensor = b, out: Tensor = out) -> object:
+            return torch.mm(a, b.T, out=out)
+
+        calls[name] = (call, 2.0 * m * n * k)
+    return calls
+
+
+def gemm_rate(timings: Mapping[str, Timing], flops: Mapping[str, float]) -> float:
+    """The best rate any of our products reached, FLOP/s: the ceiling of an encoder made of them."""
+    return max(flops[name] / timings[name].best for name in flops)
+
+
+# --- Baselines --------------------------------------------------------------------------------------
+
+
+def reference_of(model: ReferenceNormWear) -> ReferenceNormWear:
+    """The plain model with the same weights."""
+    reference = ReferenceNormWear(model.config, decoder=model.has_decoder, seed=None)
+    reference.load_state_dict(model.state_dict())
+    return reference.to(model.cls_token.device).eval().requires_grad_(False)
+
+
+def eager(reference: ReferenceNormWear, optimized_cwt: bool) -> Callable[[Tensor], Tensor]:
+    """The reference as its authors run it: scalogram and model, eager, float32."""
+    method = scalogram_method(optimized_cwt)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            out = reference(scalogram(x, method).float())
+        assert isinstance(out, Tensor)
+        return out
+
+    return run
+
+
+def compiled(reference: ReferenceNormWear, optimized_cwt: bool) -> Callable[[Tensor], Tensor]:
+    """The reference under ``torch.compile``: inductor with freezing on a CPU, bf16 autocast and
+    max-autotune on a GPU."""
+    import torch._inductor.config as inductor
+
+    method = scalogram_method(optimized_cwt)
+    cuda = reference.cls_token.device.type == "cuda"
+    inductor.freezing = not cuda
+    model = torch.compile(reference, mode="max-autotune" if cuda else None, dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            return model(scalogram(x, method).float())
+
+    return run
+
+
+def one_at_a_time(reference: ReferenceNormWear) -> Callable[[Tensor], Tensor]:
+    """What users run today: windows one by one, each channel's SciPy-style scalogram on the CPU by a
+    loop over series and scales, then the eager model."""
+    from normwear_fast.wavelets import filter_widths, mother_wavelet, scales
+
+    device = reference.cls_token.device
+
+    def series_scalogram(series: np.ndarray) -> np.ndarray:
+        samples = len(series)
+        rows = np.empty((reference.config.num_scales, samples))
+        widths = filter_widths(samples, "scipy", reference.config.num_scales)
+        for i, (scale, width) in enumerate(zip(scales(len(widths)), widths, strict=True)):
+            t = np.arange(width) - (width - 1) / 2
+            wavelet = mother_wavelet("mexh", t / scale) / np.sqrt(scale)
+            rows[i] = np.convolve(series.astype(np.float64), wavelet[::-1], mode="same")
+        return rows.T
+
+    def run(x: Tensor) -> Tensor:
+        parts = []
+        for window in x.cpu().numpy():
+            spectrum = []
+            for channel in window:
+                first = np.diff(channel)
+                series = (channel[2:], first[1:], np.diff(first))
+                spectrum.append(np.stack([series_scalogram(s) for s in series]))
+            with torch.inference_mode():
+                tensor = torch.from_numpy(np.stack(spectrum)[None]).float().to(device)
+                parts.append(reference(tensor))
+        return torch.cat(parts)
+
+    return run
+
+
+def error_against(expected: Tensor, got: Tensor) -> dict[str, float]:
+    """Largest absolute difference, and mean and worst cosine of a token."""
+    cosine = torch.nn.functional.cosine_similarity(expected.double(), got.double(), dim=-1)
+    return {
+        "max_abs_error": float((expected - got).abs().max()),
+        "mean_cosine": float(cosine.mean()),
+        "worst_cosine": float(cosine.min()),
+    }
