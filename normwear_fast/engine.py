@@ -71,7 +71,9 @@ class Workspace:
         buffer = self._buffers.get(name)
         size = rows * width
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
-            buffer = torch.empty(size, dtype=dtype, device=self.device)
+            # Written in place inside and outside inference mode: must not be an inference tensor.
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, dtype=dtype, device=self.device)
             self._buffers[name] = buffer
         return buffer[:size].view(rows, width)
 
@@ -136,7 +138,7 @@ class Engine:
             )
         return self._tokenizers[token_counts]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, series: Tensor, layout: Layout, pool: Pool) -> Tensor:
         """Encodes one micro-batch.
 

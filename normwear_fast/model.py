@@ -238,6 +238,7 @@ class FastNormWear(ReferenceNormWear):
             engine = self._engine(precision)
             self._frozen = (engine.folded, precision)
             self._watch = None
+            self._engines.clear()
             for module in self.modules():
                 for name in module._parameters:
                     module._parameters[name] = None
@@ -263,6 +264,7 @@ class FastNormWear(ReferenceNormWear):
         # A move leaves engines of the old device behind: they must not outlive it.
         if "_engines" in self.__dict__:
             self._engines.clear()
+            self._watch = None
             if self._frozen is not None:
                 folded = _map_folded(self._frozen[0], fn)
                 if folded.carried.dtype != self._frozen[0].carried.dtype:
@@ -380,11 +382,13 @@ class FastNormWear(ReferenceNormWear):
             return torch.float64
         return torch.float32
 
+    @torch.compiler.disable
     def _forward_fast(self, x: Tensor) -> Tensor:
         batch, channels, samples = x.shape
         tokens = window_tokens(1, samples, self.optimized_cwt, self.config)
         per_batch = max(1, self.batch_tokens_default() // (channels * tokens))
-        with torch.inference_mode(), self._lock:
+        # Not inference mode: a head trained on a frozen encoder's output saves it for its backward pass.
+        with torch.no_grad(), self._lock:
             x = x.to(self._series_dtype()).contiguous()
             engine = self._engine()
             parts = []
@@ -489,17 +493,17 @@ class FastNormWear(ReferenceNormWear):
                         f"tokens; batch_tokens={batch_tokens} must be at least that"
                     )
         budget = batch_tokens or self.batch_tokens_default()
-        with self._lock, torch.inference_mode():
-            engine = self._engine(precision)
-            for batch in plan_micro_batches(shapes, tokens, budget):
+        for batch in plan_micro_batches(shapes, tokens, budget):
+            series = np.concatenate([windows[i].reshape(-1) for i in batch.windows])
+            with self._lock, torch.inference_mode():
+                engine = self._engine(precision)
                 layout = self._layout([shapes[i] for i in batch.windows])
-                series = np.concatenate([windows[i].reshape(-1) for i in batch.windows])
                 packed = torch.from_numpy(series).to(self.device, self._series_dtype())
                 out = engine.run(packed, layout, pool)
-                parts = out.split(self._rows(layout, pool))
-                for i, part in zip(batch.windows, parts, strict=True):
-                    yield i, part.unflatten(0, (shapes[i][0], -1)) if pool == "patch" else part
-            engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
+                engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
+            parts = out.split(self._rows(layout, pool))
+            for i, part in zip(batch.windows, parts, strict=True):
+                yield i, part.unflatten(0, (shapes[i][0], -1)) if pool == "patch" else part
 
     @staticmethod
     def _rows(layout: Layout, pool: Pool) -> list[int]:

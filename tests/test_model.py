@@ -334,6 +334,21 @@ def test_gradients_flow_through_the_drop_in(model):
     assert not model.get_embedding(x.detach()).requires_grad
 
 
+def test_a_head_trains_on_a_frozen_encoder(model):
+    model = copy.deepcopy(model).requires_grad_(False)
+    head = torch.nn.Linear(32, 2)
+    x = np.random.default_rng().standard_normal((2, 1, 40)).astype(np.float32)
+    model.encode(x)  # buffers made in inference mode must serve outside it
+    for embedding in (
+        model.get_embedding(x),
+        model(torch.from_numpy(x)),
+        model.encode(x, convert_to_numpy=False),
+    ):
+        head.zero_grad()
+        head(embedding).square().sum().backward()
+        assert (head.weight.grad != 0).any()
+
+
 @pytest.mark.parametrize("optimized_cwt", [True, False])
 def test_gradcheck(optimized_cwt):
     config = NormWearConfig(embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1)
