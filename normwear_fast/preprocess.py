@@ -71,7 +71,7 @@ def fill_missing(x: ArrayLike) -> tuple[Floats, Floats]:
     known = np.where(finite, x, 0.0)[some]
     low = np.take_along_axis(known, before, axis=-1)
     high = np.take_along_axis(known, after, axis=-1)
-    weight = (index - before) / np.maximum(after - before, 1)
+    weight = np.where(before == after, 0.0, (index - before) / np.maximum(after - before, 1))
     # Weighted, not low + weight * (high - low): the difference of two huge values can overflow.
     filled[some] = np.where(finite[some], known, (1 - weight) * low + weight * high)
     return filled, fraction

@@ -86,6 +86,9 @@ def test_fill_missing_is_numpy_interp(seed: int, missing: float, samples: int) -
             expected = np.interp(index, index[good], x[row][good])
             np.testing.assert_allclose(filled[row], expected, rtol=0, atol=1e-14)
             np.testing.assert_array_equal(filled[row][good], x[row][good])
+            first, last = index[good][[0, -1]]
+            assert (filled[row][:first] == x[row][first]).all()
+            assert (filled[row][last:] == x[row][last]).all()
         else:
             assert np.isnan(filled[row]).all()
 
@@ -97,6 +100,8 @@ def test_fill_missing_of_shapes_and_huge_values() -> None:
     assert fill_missing(np.empty((2, 0)))[1].tolist() == [1, 1]
     filled, _ = fill_missing([-1.7e308, math.nan, 1.7e308])
     assert filled[1] == 0
+    filled, _ = fill_missing([math.nan, math.nan, 1.7e308, math.nan, math.nan])
+    assert (filled == 1.7e308).all()
 
 
 # preprocess
