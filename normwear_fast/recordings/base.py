@@ -1,0 +1,307 @@
+"""What every reader offers, the registry of readers, and the search for recordings in folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normwear_fast.errors import InputError, RecordingError, UsageError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One signal of a recording.
+
+    Args:
+        name: as the file has it.
+        unit: physical unit, "" where the file has none.
+        sampling_rate: Hz.
+        samples: how many samples `Recording.blocks` yields for it.
+        start: seconds from the recording's start to sample 0.
+    """
+
+    name: str
+    unit: str
+    sampling_rate: float
+    samples: int
+    start: float = 0.0
+
+
+class Recording(ABC):
+    """One opened recording; a context manager.
+
+    Attributes:
+        path: the file it was opened from.
+        format: name of the format.
+        channels: its signals; () for a valid file that holds none.
+        notes: what a user should know about how the file was read, one line each.
+        start_time: wall-clock time of second 0, where the file tells.
+    """
+
+    path: Path
+    format: str
+    channels: tuple[Channel, ...] = ()
+    notes: tuple[str, ...] = ()
+    start_time: datetime | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the start to the end of the channel that ends last."""
+        return max((c.start + c.samples / c.sampling_rate for c in self.channels), default=0.0)
+
+    def blocks(self, channels: Sequence[int], seconds: float = 60.0) -> Iterator[list[Array]]:
+        """Stream channels from start to end, in memory bounded by the block.
+
+        Args:
+            channels: indices into `self.channels`, in the order wanted.
+            seconds: length of a block.
+
+        Yields:
+            One float64 array a channel, in physical units, NaN where missing. An array may be
+            empty; a channel's arrays put together have exactly `Channel.samples` samples.
+
+        Raises:
+            RecordingError: the file turns out to be damaged.
+        """
+        if not seconds > 0:
+            raise InputError(f"a block of {seconds} s: seconds must be above 0")
+        for index in channels:
+            if not 0 <= index < len(self.channels):
+                raise InputError(
+                    f"{self.path}: channel {index} does not exist; it has {len(self.channels)}"
+                )
+        return self._blocks(list(channels), seconds) if channels else iter(())
+
+    @abstractmethod
+    def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        """`blocks` with checked arguments and at least one channel."""
+
+    def close(self) -> None:  # noqa: B027  (most readers hold nothing open)
+        """Release the file."""
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# extension, lower case with its dot -> reader
+_READERS: dict[str, Callable[..., Recording]] = {}
+# extension -> gives the files that belong to a file of that format and are no recordings themselves
+_COMPANIONS: dict[str, Callable[[Path], Iterable[Path]]] = {}
+
+_Reader = TypeVar("_Reader", bound=type[Recording])
+
+
+def register(
+    *names: str, companions: Callable[[Path], Iterable[Path]] | None = None
+) -> Callable[[_Reader], _Reader]:
+    """Class decorator: the reader of files with these extensions.
+
+    The class is called as `cls(path, sampling_rate=...)`; sampling_rate is the user's --rate or None.
+
+    Args:
+        names: extensions with their dot; case does not matter.
+        companions: given such a file, the paths that are parts of it, not recordings of their own.
+    """
+
+    def decorate(cls: _Reader) -> _Reader:
+        for name in names:
+            _READERS[name.lower()] = cls
+            if companions is not None:
+                _COMPANIONS[name.lower()] = companions
+        return cls
+
+    return decorate
+
+
+def extensions() -> tuple[str, ...]:
+    """The extensions that some reader is registered for, sorted."""
+    return tuple(sorted(_READERS))
+
+
+def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> Recording:
+    """Open a recording by its extension.
+
+    Args:
+        path: the file; for WFDB the .hea header.
+        sampling_rate: Hz, for files without a clock of their own. A file that has one may differ
+            from it by 1 %.
+
+    Raises:
+        RecordingError: missing, empty, damaged or unknown file, or no sampling rate to be had.
+    """
+    path = Path(path)
+    if sampling_rate is not None and not (np.isfinite(sampling_rate) and sampling_rate > 0):
+        raise UsageError(f"--rate {sampling_rate}: a sampling rate is a number of Hz above 0")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        header = path.with_suffix(".hea")
+        instead = (
+            f"give its header {header}"
+            if header.is_file()
+            else "known are " + " ".join(extensions())
+        )
+        raise RecordingError(f"{path}: {path.suffix or 'no extension'} is no format; {instead}")
+    try:
+        if path.is_dir():
+            raise RecordingError(f"{path}: is a folder, not a {path.suffix} file")
+        if path.stat().st_size == 0:
+            raise RecordingError(f"{path}: is empty (0 bytes)")
+        return reader(path, sampling_rate=sampling_rate)
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read: {reason(error)}") from error
+    except ImportError as error:
+        raise RecordingError(
+            f"{path}: reading {path.suffix} needs {error.name}; "
+            "install it with: pip install 'normwear-fast[io]'"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """A library's or the system's error in one line, without its path."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def check_rate(path: Path, given: float | None, rates: Iterable[float]) -> None:
+    """Refuse a --rate that no channel of a file with its own clock has, by more than 1 %."""
+    rates = sorted(set(rates))
+    if given is None or not rates or any(abs(given / rate - 1) <= 0.01 for rate in rates):
+        return
+    own = ", ".join(f"{rate:g}" for rate in rates)
+    raise RecordingError(
+        f"{path}: --rate {given:g} contradicts the file's own {own} Hz; leave --rate out"
+    )
+
+
+def rechunk(pieces: Iterable[list[Array]], samples: int) -> Iterator[list[Array]]:
+    """Put pieces of channels with one rate together into blocks of `samples` samples."""
+    waiting: list[list[Array]] = []
+    held = 0
+    for piece in pieces:
+        while piece[0].size:
+            take = min(samples - held, piece[0].size)
+            waiting.append([channel[:take] for channel in piece])
+            piece = [channel[take:] for channel in piece]
+            held += take
+            if held == samples:
+                yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+                waiting, held = [], 0
+    if held:
+        yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+
+
+# "ECG [mV]", "EDA (uS)"
+_BRACKETED: re.Pattern[str] = re.compile(
+    r"^(?P<name>.*\S)\s*(?:\[(?P<a>[^\]]*)\]|\((?P<b>[^)]*)\))$"
+)
+
+
+def split_units(titles: Sequence[str]) -> list[tuple[str, str]]:
+    """Column titles to (name, unit). Titles that would share a name ("acc (x)", "acc (y)") stay whole;
+    an empty one becomes channel_{place}, and a repeated one gets a number."""
+    parts = []
+    for place, title in enumerate(titles, start=1):
+        title = title.strip()
+        match = _BRACKETED.match(title)
+        unit = (match["a"] or match["b"] or "").strip() if match else ""
+        parts.append((match["name"] if match else title or f"channel_{place}", unit, title))
+    shared = Counter(name for name, _, _ in parts)
+    result: list[tuple[str, str]] = []
+    seen: Counter[str] = Counter()
+    for name, unit, title in parts:
+        if unit and shared[name] > 1:
+            name, unit = title, ""
+        seen[name] += 1
+        result.append((f"{name}_{seen[name]}" if seen[name] > 1 else name, unit))
+    return result
+
+
+@dataclass(frozen=True)
+class FoundRecording:
+    """A recording to open, and the id its output carries."""
+
+    id: str
+    path: Path
+
+
+def find_recordings(inputs: Sequence[str | Path]) -> list[FoundRecording]:
+    """The recordings in files and folders, sorted by id.
+
+    An id is the path below the input folder without its extension (POSIX slashes); the stem, for a
+    file given itself. Recordings that would share an id keep their extension, and if they still
+    share it (two inputs) the path below the inputs' common folder. In folders, unknown extensions,
+    hidden names and parts of other recordings are passed over.
+
+    Raises:
+        UsageError: an input does not exist, or there is no recording in any of them.
+    """
+    found: dict[str, tuple[str, Path]] = {}  # absolute path -> (id with extension, path)
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise UsageError(f"{given}: no such file or folder")
+        if given.is_dir():
+            for path in _recordings_below(given):
+                found.setdefault(os.path.abspath(path), (path.relative_to(given).as_posix(), path))
+        else:
+            found.setdefault(os.path.abspath(given), (given.name, given))
+    if not found:
+        where = ", ".join(str(given) for given in inputs) or "no input"
+        raise UsageError(f"{where}: no recording found; known are {' '.join(extensions())}")
+
+    ids = {key: str(Path(name).with_suffix("").as_posix()) for key, (name, _) in found.items()}
+    for key in _shared(ids):
+        ids[key] = found[key][0]
+    again = _shared(ids)
+    if again:
+        top = os.path.commonpath([os.path.dirname(key) for key in again])
+        for key in again:
+            ids[key] = Path(os.path.relpath(key, top)).as_posix()
+    return sorted((FoundRecording(ids[k], found[k][1]) for k in found), key=lambda one: one.id)
+
+
+def _shared(ids: dict[str, str]) -> list[str]:
+    counts = Counter(ids.values())
+    return [key for key, name in ids.items() if counts[name] > 1]
+
+
+def _recordings_below(folder: Path) -> list[Path]:
+    """Files with a known extension, without those that are parts of others."""
+    paths: list[Path] = []
+    visited: set[str] = set()
+    for top, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(top)
+        if real in visited:  # a link back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        known = (name for name in sorted(files) if not name.startswith("."))
+        paths += [Path(top, name) for name in known if Path(name).suffix.lower() in _READERS]
+    parts = {
+        part
+        for path in paths
+        if path.suffix.lower() in _COMPANIONS
+        for part in _COMPANIONS[path.suffix.lower()](path)
+    }
+    return [path for path in paths if path not in parts]

@@ -1,0 +1,265 @@
+"""What CSV and Parquet share: columns of numbers, with or without a time column, streamed by rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normwear_fast.errors import RecordingError
+from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, rechunk
+from normwear_fast.recordings.clock import (
+    Clock,
+    Intervals,
+    TimeColumn,
+    infer_unit,
+    resample,
+    wall_clock,
+)
+
+_GAP = 4  # median intervals; longer ones are gaps
+_PIECE = 65536  # grid points made at a time
+
+
+class TableRecording(Recording):
+    """A table whose rows are samples.
+
+    A subclass sets `_titles` (name and unit of each channel) and `_time`, then calls `_survey`.
+    Opening reads the file once to check every cell and the clock, and the time column a second
+    time unless all intervals are the same; `blocks` reads it again.
+    """
+
+    _titles: list[tuple[str, str]]
+    _time: TimeColumn | None
+    _first_row = 1  # number of the first row of data, as a user counts
+
+    @abstractmethod
+    def _rows(
+        self, channels: list[int], *, time: bool
+    ) -> Iterator[tuple[NDArray[Any], list[Array]]]:
+        """Pieces of the table in order.
+
+        Yields:
+            (times, columns): raw times of the rows, numbers in the column's unit, or an array of
+            the rows' length with anything in it for `time=False`; a float64 array a channel.
+        """
+
+    def _survey(self, given: float | None) -> None:
+        """Check the whole file; find rows, rate, channels and notes."""
+        everything = list(range(len(self._titles)))
+        if self._time is None:
+            rows = sum(times.size for times, _ in self._rows(everything, time=False))
+            if not rows:
+                raise RecordingError(f"{self.path}: holds no rows")
+            if given is None and everything:
+                raise RecordingError(
+                    f"{self.path}: has no time column (such as time, timestamp or time_ms); "
+                    f"pass --rate HZ"
+                )
+            self._clock = Clock(True, given or 1.0, rows)
+        else:
+            self._clock = self._read_clock(self._time, given)
+            check_rate(self.path, given, [self._clock.sampling_rate])
+        self.channels = tuple(
+            Channel(name, unit, self._clock.sampling_rate, self._clock.samples)
+            for name, unit in self._titles
+        )
+
+    def _nanoseconds(self, everything: bool, given: float | None) -> Iterator[NDArray[np.int64]]:
+        """The time column, ns after the first row; checked to be there and never to go back."""
+        assert self._time is not None
+        row = self._first_row
+        head: list[NDArray[Any]] = []  # rows before the unit is known
+        channels = list(range(len(self._titles))) if everything else []
+        for times, _ in self._rows(channels, time=True):
+            if times.dtype.kind == "f" and not np.isfinite(times).all():
+                bad = row + int(np.argmin(np.isfinite(times)))
+                raise RecordingError(
+                    f"{self.path}: row {bad} has no time in column {self._time.title!r}"
+                )
+            row += times.size
+            head.append(times)
+            if self._unit is None:
+                together = np.concatenate(head)
+                steps = np.diff(together)
+                steps = steps[steps != 0]
+                if not steps.size:
+                    continue
+                self._set_unit(float(together[0]), abs(float(np.median(steps))), given)
+            for part in head:
+                yield self._relative(part)
+            head = []
+
+    _unit: float | None = None  # seconds
+    _origin: Any = None  # first time, as stored
+
+    def _set_unit(self, first: float, interval: float, given: float | None) -> None:
+        assert self._time is not None
+        title = repr(self._time.title)
+        unit = infer_unit(self.path, self._time, first, interval, given)
+        if unit is None:
+            assert given is not None
+            self._unit = 1 / given
+            self.notes += (f"column {title} counts rows; --rate is its clock",)
+            return
+        self._unit = unit
+        if self._time.seconds is None:
+            names = {1.0: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
+            self.notes += (f"times in column {title} are read as {names[unit]}",)
+        if self.start_time is None and wall_clock(first * unit):
+            self.start_time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=first * unit)
+
+    def _relative(self, times: NDArray[Any]) -> NDArray[np.int64]:
+        assert self._unit is not None
+        if self._origin is None and times.size:
+            self._origin = times[0]
+        if times.dtype.kind != "f":
+            times = times.astype(np.int64)
+        # Subtract first: integer ns since 1970 do not fit a float64.
+        seconds = (times - self._origin).astype(np.float64) * self._unit
+        if seconds.size and abs(seconds[-1]) > 9e9:  # int64 ns end at 292 years
+            raise RecordingError(
+                f"{self.path}: the time column spans "
+                f"{abs(seconds[-1]) / 3.15576e7:.0f} years: not a recording's clock"
+            )
+        return np.rint(seconds * 1e9).astype(np.int64)
+
+    def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
+        intervals = Intervals()
+        rows, repeated, quantum = 0, 0, 0
+        smallest, largest = np.iinfo(np.int64).max, 0
+        last = None
+        for times in self._nanoseconds(True, given):
+            if not times.size:
+                continue
+            steps = np.diff(times, prepend=times[:1] if last is None else last)
+            if (steps < 0).any():
+                bad = int(np.argmax(steps < 0))
+                raise RecordingError(
+                    f"{self.path}: row {self._first_row + rows + bad}: time in column "
+                    f"{column.title!r} goes back by {-steps[bad] / 1e9:g} s; sort the rows, "
+                    f"or split the file there"
+                )
+            steps = steps[1:] if last is None else steps
+            moved = steps[steps > 0]
+            intervals.add(moved)
+            repeated += steps.size - moved.size
+            quantum = int(np.gcd.reduce(moved, initial=quantum))
+            if steps.size:
+                smallest, largest = min(smallest, steps.min()), max(largest, steps.max())
+            rows += times.size
+            last = int(times[-1])
+        if not rows and self._unit is None:
+            rows = sum(times.size for times, _ in self._rows([], time=True))
+            if not rows:
+                raise RecordingError(f"{self.path}: holds no rows")
+        if not last:
+            raise RecordingError(
+                f"{self.path}: time in column {column.title!r} does not move in {rows} rows: no rate"
+            )
+
+        mean = last / (rows - 1)
+        low, median, high = intervals.percentiles(5, 50, 95)
+        gap = _GAP * median
+        gaps, missing, stray = 0, 0.0, 0.0
+        if smallest != largest:
+            gaps, missing, stray = self._strays(mean, gap, median)
+        # Even: rows stray from a straight line by less than a tenth of a sample either way, or as
+        # a clock that is only written to its own resolution does. But a clock whose resolution is
+        # its interval and which hardly misses a beat has lost samples.
+        coarse = stray <= 2 * quantum and not (
+            quantum >= 0.75 * median and abs(mean / median - 1) <= 0.05
+        )
+        if stray <= 0.2 * mean or coarse:
+            return Clock(True, self._round_rate(1e9 / mean, rows, last, quantum), rows)
+
+        rate = 1e9 / median
+        samples = int(last / median + 1e-6) + 1
+        if samples > max(10_000_000, 1000 * rows):
+            raise RecordingError(
+                f"{self.path}: {rows} rows at {rate:g} Hz span {last / 8.64e13:.1f} days: "
+                f"almost all of it is a gap; split the file at its gaps"
+            )
+        self.notes += (
+            f"uneven clock: resampled to its median rate {rate:g} Hz (intervals {low / 1e6:g} to "
+            f"{high / 1e6:g} ms from 5 to 95 %, median {median / 1e6:g} ms)",
+        )
+        if repeated:
+            self.notes += (
+                f"{repeated} of {rows} rows repeat the time before them and are dropped; "
+                f"all rows together make {1e9 / mean:g} Hz",
+            )
+        if gaps:
+            self.notes += (
+                f"{gaps} gaps longer than {gap / 1e6:g} ms, {missing / 1e9:.3g} s in all, "
+                f"are missing samples",
+            )
+        return Clock(False, rate, samples, gap)
+
+    def _strays(self, mean: float, gap: float, median: float) -> tuple[int, float, float]:
+        """Second look at the times: gaps, ns missing in them, and how far rows stray from a
+        straight line (ns from the earliest to the latest)."""
+        rows, gaps, missing = 0, 0, 0.0
+        early, late = 0.0, 0.0
+        last = 0
+        for times in self._nanoseconds(False, None):
+            if not times.size:
+                continue
+            steps = np.diff(times, prepend=last)
+            wide = steps[steps > gap]
+            gaps += wide.size
+            missing += float(wide.sum()) - wide.size * median
+            off = times - np.arange(rows, rows + times.size) * mean
+            early, late = min(early, float(off.min())), max(late, float(off.max()))
+            rows += times.size
+            last = int(times[-1])
+        return gaps, missing, late - early
+
+    @staticmethod
+    def _round_rate(rate: float, rows: int, last: int, quantum: int) -> float:
+        """The whole number of Hz, if the clock cannot tell it from the rate."""
+        whole = float(round(rate))
+        if not whole:
+            return rate
+        drift = abs((rows - 1) * 1e9 / whole - last)
+        return whole if drift <= max(quantum, 1) and drift <= 1e9 / rate else rate
+
+    def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        size = max(1, round(seconds * self._clock.sampling_rate))
+        if self._clock.even:
+            pieces: Iterator[list[Array]] = (c for _, c in self._rows(channels, time=False))
+        else:
+            pieces = self._resampled(channels, min(size, _PIECE))
+        return rechunk(pieces, size)
+
+    def _resampled(self, channels: list[int], size: int) -> Iterator[list[Array]]:
+        """The rows on the uniform grid, at most `size` samples at a time."""
+        period = 1e9 / self._clock.sampling_rate
+        point = 0
+        times = np.empty(0, dtype=np.int64)
+        values = np.empty((len(channels), 0))
+        for raw, columns in self._rows(channels, time=True):
+            times = np.concatenate([times, self._relative(raw)])
+            values = np.concatenate([values, np.stack(columns)], axis=1)
+            fresh = np.diff(times, prepend=-1) > 0
+            times, values = times[fresh], values[:, fresh]
+            if times.size < 2:
+                continue
+            yield from self._grid(times, values, point, int(times[-1] / period) + 1, size)
+            point = max(point, int(times[-1] / period) + 1)
+            times, values = times[-1:], values[:, -1:]
+        # the last point may lie a rounding error after the last row
+        yield from self._grid(times, values, point, self._clock.samples, size)
+
+    def _grid(
+        self, times: NDArray[np.int64], values: Array, point: int, end: int, size: int
+    ) -> Iterator[list[Array]]:
+        period = 1e9 / self._clock.sampling_rate
+        end = min(end, self._clock.samples)
+        for start in range(point, end, size):
+            grid = np.arange(start, min(start + size, end), dtype=np.float64) * period
+            yield list(resample(times, values, grid, self._clock.gap))
