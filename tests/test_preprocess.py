@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import detrend, resample_poly
@@ -127,17 +127,14 @@ def plain_preprocess(x: np.ndarray, rate: float, samples: int, offset: float = 0
 @settings(max_examples=40)
 @given(seed=seeds, rate=rates, samples=st.integers(11, 60), part=st.floats(0, 1))
 def test_preprocess_is_the_description(seed: int, rate: float, samples: int, part: float) -> None:
-    length = max(2, math.ceil(samples * rate / 65))
+    # Of fewer, all but a straight line can be rounding errors, of which no two ways agree.
+    assume(samples * rate / 65 >= 5)
+    length = math.ceil(samples * rate / 65)
     x = noise(seed, 2, length).cumsum(axis=1)
     offset = part / rate
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FlatChannelWarning)  # two samples are a straight line
-        y = preprocess(x, rate, samples=samples, offset=offset)
+    y = preprocess(x, rate, samples=samples, offset=offset)
     assert y.shape == (2, samples)
     for channel in range(2):
-        if not y[channel].any():
-            assert length <= 3
-            continue
         expected = plain_preprocess(x[channel], rate, samples, offset)
         np.testing.assert_allclose(y[channel], expected, rtol=0, atol=1e-9)
 
