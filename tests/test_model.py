@@ -77,7 +77,7 @@ def test_get_embedding_takes_numpy_and_tensors_alike(model):
 
 
 def test_upstream_resamples_only_above_256_hz(model):
-    from normwear_fast.preprocessing import resample_sinc
+    from normwear_fast.preprocess import resample_sinc
 
     x = np.random.default_rng().standard_normal((1, 2, 1200)).astype(np.float32)
     with torch.inference_mode():
