@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from normwear_fast.cli import inspect
+from normwear_fast.cli.main import main
 from normwear_fast.errors import InputError, RecordingError, UsageError
 from normwear_fast.recordings import Recording, extensions, find_recordings, open_recording
 from normwear_fast.recordings.clock import Intervals, time_column
@@ -1147,10 +1147,7 @@ def test_example_cohort(cohort_dir: Path) -> None:
 
 
 def _inspect(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    inspect.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["inspect", *words])
-    return args.run(args)
+    return main(["inspect", *words])
 
 
 def test_inspect_table(cohort_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1186,7 +1183,11 @@ def test_inspect_json_and_failures(
     assert "holds no signal" in capsys.readouterr().out
 
 
-def test_inspect_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _inspect("--help")
+def test_inspect_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert _inspect("--help") == 0
     assert "normwear-fast inspect examples/cohort" in capsys.readouterr().out
+    for words in ([str(tmp_path / "nowhere")], [str(tmp_path)], []):
+        assert _inspect(*words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("normwear-fast: error: ")
+        assert error.count("\n") == 1

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from normwear_fast.cli.main import print_error
 from normwear_fast.errors import NormWearError
 from normwear_fast.recordings import Channel, FoundRecording, find_recordings, open_recording
 
-_EXAMPLE = """\
-example:
-  normwear-fast inspect examples/cohort
-  normwear-fast inspect night1.edf watch.npy --rate 32 --json > contents.json
-"""
+HELP = "Read recordings to the end and list their channels, rates, durations and gaps."
+EXAMPLE = """\
+normwear-fast inspect examples/cohort
+  normwear-fast inspect night1.edf watch.npy --rate 32 --json > contents.json"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `inspect` to the command line's subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "inspect",
-        help="what is in the recordings: channels, rates, durations, gaps",
-        description="Read recordings to the end and list their channels, rates, durations and gaps.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="a recording or a folder of them"
     )
@@ -40,8 +31,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="sampling rate of files without a clock (NPY; CSV and Parquet without times)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{len(recordings)} recordings, {len(failed)} failed")
     for failure in failed:
-        print(f"normwear-fast: error: {failure['error']}", file=sys.stderr)
+        print_error(failure["error"])
     return 1 if failed else 0
 
 
