@@ -1,0 +1,1 @@
+"""The command line, ``normwear-fast``: one module a command, imported when it is chosen."""

@@ -1,0 +1,468 @@
+"""``normwear-fast encode``: recordings to a Parquet dataset of embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from normwear_fast.encode.settings import CHOICES, EncodeSettings
+from normwear_fast.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from normwear_fast.encode.pipeline import Plan, Progress, Summary
+    from normwear_fast.encode.windows import WindowList
+    from normwear_fast.model import FastNormWear
+
+HELP = (
+    "Encode recordings: one row of embeddings a window, in Parquet. The same command goes on with a "
+    "run that was stopped, at whatever point. Exit code 0: done; 1: some recordings failed (listed), "
+    "or the output could not be written to its end; 2: refused before anything was encoded; 130: "
+    "stopped by Ctrl-C."
+)
+EXAMPLE = (
+    "normwear-fast encode cohort/ --weights normwear.safetensors --output out/ --window 6 --hop 6 "
+    "--channels ECG,PPG"
+)
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal."""
+
+LISTED = 20
+"""Recordings named in a list of the summary; manifest.json has them all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="recordings, or folders of them")
+    weights = parser.add_argument_group("weights (one of them)").add_mutually_exclusive_group()
+    weights.add_argument("--weights", metavar="W", help="checkpoint file, folder or hub id")
+    weights.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="random weights, for trials"
+    )
+    parser.add_argument(
+        "--model-size",
+        choices=("base", "small"),
+        help="of random weights: the released size (default), or a small one for trials",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder to write, or to go on with")
+
+    windows = parser.add_argument_group("windows")
+    windows.add_argument("--window", type=float, metavar="S", help="seconds of a window (6)")
+    windows.add_argument("--hop", type=float, metavar="S", help="from one to the next (the window)")
+    windows.add_argument(
+        "--windows",
+        metavar="FILE",
+        help="CSV or Parquet with recording, start_s, duration_s or end_s, and maybe window_id",
+    )
+    windows.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="skip a window with a larger fraction of missing samples (0.1)",
+    )
+
+    signal = parser.add_argument_group("signal")
+    signal.add_argument("--channels", metavar="NAMES", help="comma-separated; default: all")
+    signal.add_argument(
+        "--rate", type=float, metavar="HZ", help="of recordings whose format has no clock"
+    )
+    signal.add_argument(
+        "--preprocess",
+        choices=CHOICES["preprocess"],
+        default=CHOICES["preprocess"][0],
+        help="reference: as the pretraining data were made (default); none: resample only",
+    )
+    signal.add_argument(
+        "--normalize",
+        choices=CHOICES["normalize"],
+        default=CHOICES["normalize"][0],
+        help="to zero mean and unit deviation (default: none)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pool",
+        choices=CHOICES["pool"],
+        default=CHOICES["pool"][0],
+        help="over a channel's tokens (default: mean)",
+    )
+    model.add_argument(
+        "--channel-pool",
+        choices=CHOICES["channel_pool"],
+        default=CHOICES["channel_pool"][0],
+        help="keep channels apart (default), their mean, or one after another",
+    )
+    model.add_argument(
+        "--scalogram",
+        choices=CHOICES["scalogram"],
+        default=CHOICES["scalogram"][0],
+        help="conv: the one pretraining used (default)",
+    )
+    model.add_argument(
+        "--precision", default="auto", metavar="P", help="auto (default), float32, bfloat16"
+    )
+    model.add_argument(
+        "--device", default="auto", metavar="D", help="auto (default), cpu, cuda, cuda:I, cuda:all"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="reader processes beside this one (0 on a CPU, else up to 8)",
+    )
+    run.add_argument("--dry-run", action="store_true", help="say what would be done; no weights")
+    run.add_argument("--overwrite", action="store_true", help="discard an earlier run in DIR")
+    run.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from normwear_fast.encode.windows import read_window_list
+
+    _check(args)
+    windows = read_window_list(args.windows) if args.windows else None
+    settings = EncodeSettings(
+        window=6.0 if args.window is None else args.window,
+        hop=args.hop,
+        windows=windows.digest if windows else None,
+        channels=_names(args.channels),
+        normalize=args.normalize,
+        preprocess=args.preprocess,
+        pool=args.pool,
+        channel_pool=args.channel_pool,
+        precision=args.precision,
+        scalogram=args.scalogram,
+        max_missing=args.max_missing,
+        rate=args.rate,
+    )
+    if args.dry_run:
+        return _dry_run(args, settings, windows)
+    return _encode(args, settings, windows)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.dry_run:
+        if args.weights is None and args.random_weights is None:
+            raise UsageError("--weights W is needed (or --random-weights SEED, for trials)")
+        if args.output is None:
+            raise UsageError("--output DIR is needed: the folder the embeddings go to")
+    if args.model_size and args.random_weights is None:
+        raise UsageError("--model-size is for --random-weights; weights have their own size")
+    if args.windows and (args.window is not None or args.hop is not None):
+        raise UsageError("--windows lists every window: leave out --window and --hop")
+    if args.workers is not None and args.workers < 0:
+        raise UsageError(f"--workers {args.workers}: it must be 0 or more")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+# --- the run ---------------------------------------------------------------------------------------
+
+
+def _encode(args: argparse.Namespace, settings: EncodeSettings, windows: WindowList | None) -> int:
+    from normwear_fast.cli.main import print_error
+    from normwear_fast.encode.pipeline import encode_recordings
+    from normwear_fast.engine import resolve_precision
+
+    devices = _devices(args.device)
+    resolve_precision(settings.precision, devices[0])  # before anything is opened
+    workers = args.workers
+    if workers is None:
+        workers = 0 if devices[0].type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
+    progress = _progress()
+    try:
+        summary = encode_recordings(
+            args.inputs,
+            args.output,
+            settings,
+            _model_loader(args, devices),
+            windows=windows,
+            workers=workers,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    except OutputError as error:
+        if not progress.started:
+            raise
+        print_error(str(error))
+        return 1
+    for message in summary.failed.values():
+        print_error(message)
+    if args.json:
+        print(json.dumps(_summary_json(summary), allow_nan=False))
+    else:
+        print(*_summary_lines(summary), sep="\n")
+    return summary.exit_code
+
+
+def _devices(name: str) -> list[torch.device]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return [torch.device("cuda", 0) if count else torch.device("cpu")]
+    if name == "cuda:all":
+        if not count:
+            raise UsageError("--device cuda:all: no CUDA device is available; use cpu")
+        return [torch.device("cuda", index) for index in range(count)]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: it must be auto, cpu, cuda, cuda:I or cuda:all")
+    if device.type == "cuda":
+        if not count:
+            raise UsageError(f"--device {name}: no CUDA device is available; use cpu")
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: there are {count} CUDA devices, counted from 0")
+        device = torch.device("cuda", device.index or 0)
+    return [device]
+
+
+def _model_loader(
+    args: argparse.Namespace, devices: Sequence[torch.device]
+) -> Callable[[int | None], list[FastNormWear]]:
+    def load(threads: int | None) -> list[FastNormWear]:
+        import copy
+
+        import torch
+
+        from normwear_fast.config import NormWearConfig
+        from normwear_fast.model import FastNormWear
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if args.weights is not None:
+            model = FastNormWear.from_pretrained(
+                args.weights,
+                optimized_cwt=args.scalogram == "conv",
+                precision=args.precision,
+            )
+        else:
+            small = args.model_size == "small"
+            model = FastNormWear(
+                optimized_cwt=args.scalogram == "conv",
+                config=NormWearConfig.small() if small else NormWearConfig.base(),
+                precision=args.precision,
+                seed=args.random_weights,
+            )
+        twins = [copy.deepcopy(model) for _ in devices[1:]]
+        return [
+            twin.to(device).freeze() for twin, device in zip([model, *twins], devices, strict=True)
+        ]
+
+    return load
+
+
+# --- dry run ---------------------------------------------------------------------------------------
+
+
+def _dry_run(args: argparse.Namespace, settings: EncodeSettings, windows: WindowList | None) -> int:
+    from normwear_fast.cli.main import print_error
+    from normwear_fast.config import NormWearConfig
+    from normwear_fast.encode.pipeline import default_tokens, find_inputs, plan_run
+    from normwear_fast.encode.survey import survey
+
+    config = NormWearConfig.small() if args.model_size == "small" else NormWearConfig.base()
+    found = find_inputs(args.inputs, args.output)
+    settings = default_tokens(settings, _devices(args.device)[0].type)
+    plan = plan_run(survey(found, settings, windows), settings, windows, config)
+    failed = [entry.error for entry in plan.inputs if entry.error is not None]
+    for message in failed:
+        print_error(message)
+    if args.json:
+        print(json.dumps(_plan_json(plan)))
+    else:
+        print(*_plan_lines(plan), sep="\n")
+    return 1 if failed else 0
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "recordings": len(plan.inputs),
+        "windows": sum(entry.windows for entry in plan.inputs),
+        "channel_windows": sum(entry.windows * len(entry.channels) for entry in plan.inputs),
+        "tokens": plan.tokens,
+        "units": len(plan.units),
+        "inputs": [entry.to_dict() for entry in plan.inputs],
+    }
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    wide = max((len(entry.id) for entry in plan.inputs), default=0)
+    lines = [
+        f"{entry.id:<{wide}}  {entry.windows:>8,} windows  {entry.duration:>10,.1f} s  "
+        f"{', '.join(entry.channels)}"
+        for entry in plan.inputs
+        if entry.error is None
+    ]
+    totals = _plan_json(plan)
+    return [
+        *lines,
+        f"would encode {totals['windows']:,} windows ({totals['channel_windows']:,} channel-windows, "
+        f"{plan.tokens:,} tokens) of {len(lines):,} recordings in {len(plan.units):,} work units",
+    ]
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+def _summary_json(summary: Summary) -> dict[str, Any]:
+    return {
+        "output": summary.output,
+        "complete": summary.units_done == summary.units,
+        "interrupted": summary.interrupted,
+        "already_complete": summary.already_complete,
+        "recordings": summary.recordings,
+        "windows": summary.windows,
+        "ok": summary.tally.ok,
+        "skipped": summary.tally.skipped,
+        "flat": summary.tally.flat,
+        "units": summary.units,
+        "units_done": summary.units_done,
+        "encoded_now": summary.encoded,
+        "seconds": {stage: round(value, 3) for stage, value in summary.seconds.items()},
+        "failed": summary.failed,
+        "notes": {name: list(notes) for name, notes in summary.notes.items()},
+        "weights": summary.weights,
+    }
+
+
+def _summary_lines(summary: Summary) -> list[str]:
+    lines = []
+    notes = [f"{name}: {note}" for name, some in summary.notes.items() for note in some]
+    lines += [f"note: {note}" for note in notes[:LISTED]]
+    if len(notes) > LISTED:
+        lines.append(f"note: {len(notes) - LISTED} more in manifest.json")
+    if not summary.units:
+        lines.append(f"nothing to encode in {summary.recordings:,} recordings; nothing was written")
+        return lines
+    tally = summary.tally
+    text = f"{summary.output}: {tally.ok:,} of {summary.windows:,} windows encoded"
+    if tally.skipped:
+        each = ", ".join(f"{n:,} for {why}" for why, n in sorted(tally.skipped.items()))
+        text += f"; {sum(tally.skipped.values()):,} skipped ({each})"
+    lines.append(text)
+    if tally.flat:
+        lines.append(f"{tally.flat:,} encoded windows hold a channel that does not vary")
+    if summary.failed:
+        lines.append(
+            f"{len(summary.failed):,} of {summary.recordings:,} recordings failed: "
+            + ", ".join(list(summary.failed)[:LISTED])
+            + (", ..." if len(summary.failed) > LISTED else "")
+        )
+    lines += _time_lines(summary)
+    if summary.weights.get("source") == "random":
+        lines.append(
+            f"The weights are random (seed {summary.weights['seed']}): these embeddings mean nothing."
+        )
+    if summary.already_complete:
+        lines.append("This run was complete already; --overwrite would start it anew.")
+    elif summary.interrupted:
+        lines.append(
+            f"Stopped with {summary.units_done:,} of {summary.units:,} work units done; the same "
+            "command goes on from there."
+        )
+    return lines
+
+
+def _time_lines(summary: Summary) -> list[str]:
+    wall = summary.seconds.get("wall", 0.0)
+    if not wall:
+        return []
+    stages = ("read", "prepare", "encode", "write")
+    spent = ", ".join(f"{stage} {summary.seconds[stage]:.1f} s" for stage in stages)
+    return [
+        f"{wall:.1f} s, {summary.encoded / wall:,.1f} windows/s; side by side: {spent}; "
+        f"device busy {100 * min(1.0, summary.seconds['encode'] / wall):.0f} %"
+    ]
+
+
+class _Lines:
+    """Progress as plain lines on stderr, for logs."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self._total = self._done = self._first = 0
+        self._began = self._said = time.monotonic()
+
+    def _due(self) -> bool:
+        due = time.monotonic() - self._said >= LINE_SECONDS
+        if due:
+            self._said = time.monotonic()
+        return due
+
+    def surveyed(self, done: int, total: int) -> None:
+        if self._due():
+            print(f"looked at {done:,} of {total:,} recordings", file=sys.stderr)
+
+    def start(self, windows: int, done: int) -> None:
+        self.started = True
+        self._total, self._done, self._first = windows, done, done
+        self._began = self._said = time.monotonic()
+        before = f", {done:,} of them done already" if done else ""
+        print(f"encoding {windows:,} windows{before}", file=sys.stderr, flush=True)
+
+    def advance(self, windows: int) -> None:
+        self._done += windows
+        if not self._due() or self._done == self._first:
+            return
+        rate = (self._done - self._first) / (time.monotonic() - self._began)
+        left = (self._total - self._done) / rate
+        print(
+            f"{self._done:,} of {self._total:,} windows, {rate:,.1f}/s, {left / 60:,.1f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    """Progress as a bar on a terminal."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self._bar: Any = None
+
+    def surveyed(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="recording", desc="look", leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def start(self, windows: int, done: int) -> None:
+        from tqdm import tqdm
+
+        self.started = True
+        self.close()
+        self._bar = tqdm(total=windows, initial=done, unit="window", desc="encode")
+
+    def advance(self, windows: int) -> None:
+        self._bar.update(windows)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _progress() -> _Lines | _Bar:
+    return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+if TYPE_CHECKING:  # both fit what the engine expects
+    _shapes: tuple[Progress, Progress] = (_Lines(), _Bar())

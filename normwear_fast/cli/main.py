@@ -1,0 +1,108 @@
+"""The entry point: finds the command, and turns every user's mistake into one line.
+
+Exit codes: 0 done; 1 some inputs failed, or the output could not be written to its end; 2 wrong
+usage, or refused before anything was done; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn, TextIO
+
+from normwear_fast import __version__
+from normwear_fast.errors import NormWearError
+
+COMMANDS = {
+    "encode": ("normwear_fast.cli.encode", "recordings to embeddings"),
+    "inspect": ("normwear_fast.cli.inspect", "what is in the recordings"),
+    "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
+    "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),
+    "zeroshot-train": ("normwear_fast.cli.zeroshot_train", "train the zero-shot fusion module"),
+}
+"""Command to its module and what `--help` says of it; a module has HELP, EXAMPLE, add_arguments, run."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message} ({self.prog} --help shows how)")
+        raise SystemExit(2)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    print(f"normwear-fast: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; of the commands only ``command`` is imported and knows its arguments."""
+    parser = _Parser(
+        prog="normwear-fast",
+        description="NormWear embeddings of wearable recordings.",
+        epilog="normwear-fast COMMAND --help shows a command's arguments and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"normwear-fast {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    for name, (module_name, summary) in COMMANDS.items():
+        if name != command:
+            commands.add_parser(name, help=summary, add_help=False)
+            continue
+        module = import_module(module_name)
+        chosen = commands.add_parser(
+            name,
+            help=summary,
+            description=module.HELP,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(chosen)
+        chosen.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    show = warnings.showwarning
+    warnings.showwarning = _show_warning
+    try:
+        arguments = build_parser(chosen).parse_args(argv)
+        return int(arguments.run(arguments))
+    except SystemExit as end:
+        return int(end.code) if isinstance(end.code, int) else 0
+    except NormWearError as error:
+        print_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print_error("stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); Python would complain again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    finally:
+        warnings.showwarning = show
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"normwear-fast: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

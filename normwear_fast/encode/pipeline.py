@@ -1,0 +1,621 @@
+"""The local engine: recordings -> windows -> work units -> model -> parts, each beside the next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normwear_fast import __version__
+from normwear_fast.encode.manifest import (
+    Tally,
+    build_manifest,
+    check_same_inputs,
+    check_same_model,
+    check_same_settings,
+    now,
+)
+from normwear_fast.encode.output import (
+    SCHEMA_VERSION,
+    Embedding,
+    OutputFolder,
+    build_table,
+    encode_part,
+)
+from normwear_fast.encode.prepare import OK, Job, JobUnit, PreparedUnit, Source
+from normwear_fast.encode.readers import prepared_units
+from normwear_fast.encode.settings import EncodeSettings, window_samples
+from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
+from normwear_fast.encode.units import Unit, group_jobs, plan_units
+from normwear_fast.encode.windows import Tiling, WindowList
+from normwear_fast.errors import NormWearError, OutputError, UsageError
+from normwear_fast.recordings import find_recordings
+from normwear_fast.recordings.base import FoundRecording
+
+if TYPE_CHECKING:
+    from normwear_fast.config import NormWearConfig
+    from normwear_fast.model import FastNormWear
+
+PART_BYTES = 64 * 2**20
+"""Embeddings held before they become a part: some 20,000 channel-windows of the released model."""
+
+PART_SECONDS = 30.0
+"""Work units wait no longer than this (or one unit's time) for their part: what a kill can cost."""
+
+AHEAD = 2
+"""Prepared units queued for the device beyond those it works on, so that it need not wait."""
+
+
+class Progress(Protocol):
+    """Told how a run gets on."""
+
+    def surveyed(self, done: int, total: int) -> None: ...
+    def start(self, windows: int, done: int) -> None: ...
+    def advance(self, windows: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Silent:
+    """No progress shown."""
+
+    def surveyed(self, done: int, total: int) -> None:
+        pass
+
+    def start(self, windows: int, done: int) -> None:
+        pass
+
+    def advance(self, windows: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Summary:
+    """What came of a run.
+
+    Args:
+        output: the folder.
+        recordings, windows: of the inputs.
+        units, units_done: work units in all, and committed.
+        tally: of everything committed, in this and earlier sessions.
+        failed: recordings that could not be encoded, and why.
+        notes: what readers had to say, by recording.
+        weights: where they came from; a source of "random" means the embeddings mean nothing.
+        encoded: windows with an embedding from this session.
+        seconds: this session's, by stage.
+        interrupted: stopped before the end, by request.
+        already_complete: there was nothing left to do.
+    """
+
+    output: str
+    recordings: int
+    windows: int
+    units: int
+    units_done: int
+    tally: Tally
+    failed: dict[str, str]
+    notes: dict[str, tuple[str, ...]]
+    weights: dict[str, Any] = field(default_factory=dict)
+    encoded: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+    already_complete: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted:
+            return 130
+        return 1 if self.failed else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The windows and work units of a run.
+
+    Args:
+        inputs: every recording, the ones that cannot be encoded too.
+        units: in order.
+        tokens: of all windows.
+    """
+
+    inputs: tuple[Surveyed, ...]
+    units: tuple[Unit, ...]
+    tokens: int
+
+
+def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
+    """The recordings of the inputs, without what lies in the output folder."""
+    found = find_recordings(inputs)
+    if output is not None:
+        below = os.path.abspath(output)
+        found = [
+            item
+            for item in found
+            if os.path.commonpath([below, os.path.abspath(item.path)]) != below
+        ]
+        if not found:
+            raise UsageError(f"{inputs[0]}: no recording outside the output folder {output}")
+    return found
+
+
+def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings:
+    """The settings with the device's micro-batch and unit sizes where they say none."""
+    from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES
+
+    batch = settings.batch_tokens or BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
+    return replace(
+        settings, batch_tokens=batch, unit_tokens=settings.unit_tokens or UNIT_BATCHES * batch
+    )
+
+
+def plan_run(
+    inputs: Sequence[Surveyed],
+    settings: EncodeSettings,
+    windows: WindowList | None,
+    config: NormWearConfig | None = None,
+) -> Plan:
+    """Cuts surveyed recordings into work units; ``settings`` must have their token sizes."""
+    from normwear_fast.packing import window_tokens
+
+    assert settings.unit_tokens is not None
+
+    def tokens_of(i: int, duration: float) -> int:
+        channels, samples = len(inputs[i].channels), window_samples(duration)
+        return window_tokens(channels, samples, settings.optimized_cwt, config)
+
+    def each(i: int, count: int) -> int | None:
+        return None if settings.window is None else tokens_of(i, settings.window)
+
+    def listed(i: int, j: int) -> int:
+        assert windows is not None
+        return tokens_of(i, float(windows.recordings[inputs[i].id].durations[j]))
+
+    counts = [entry.windows for entry in inputs]
+    units = plan_units(counts, each, settings.unit_tokens, listed)
+    if settings.window is not None:
+        total = sum(
+            count * tokens_of(i, settings.window) for i, count in enumerate(counts) if count
+        )
+    else:
+        total = sum(listed(i, j) for i, count in enumerate(counts) for j in range(count))
+    return Plan(tuple(inputs), tuple(units), total)
+
+
+def plan_jobs(
+    plan: Plan, done: set[int], settings: EncodeSettings, windows: WindowList | None
+) -> Iterator[Job]:
+    """The jobs that prepare every unit not done yet."""
+    for units in group_jobs(unit for unit in plan.units if unit.index not in done):
+        places: dict[int, int] = {}
+        for unit in units:
+            for span in unit.spans:
+                places.setdefault(span.recording, len(places))
+        yield Job(
+            sources=tuple(_source(plan.inputs[i], settings, windows) for i in places),
+            units=tuple(
+                JobUnit(
+                    unit.index,
+                    tuple((places[span.recording], span.first, span.stop) for span in unit.spans),
+                )
+                for unit in units
+            ),
+        )
+
+
+def _source(entry: Surveyed, settings: EncodeSettings, windows: WindowList | None) -> Source:
+    if windows is not None:
+        wanted = windows_of(entry.id, entry.duration, settings, windows)
+        return Source(entry.id, entry.path, entry.channels, wanted)
+    assert settings.window is not None
+    assert settings.hop is not None
+    tiling = Tiling(settings.window, settings.hop, entry.windows)
+    return Source(entry.id, entry.path, entry.channels, tiling)
+
+
+def embedding_form(plan: Plan, settings: EncodeSettings, embed_dim: int) -> Embedding:
+    """The form of the embedding column, from the settings and the inputs alone."""
+    if settings.channel_pool == "keep":
+        return Embedding(per_channel=True, width=embed_dim)
+    if settings.channel_pool == "mean":
+        return Embedding(per_channel=False, width=embed_dim)
+    counts = {len(entry.channels) for entry in plan.inputs if entry.windows}
+    return Embedding(False, counts.pop() * embed_dim if len(counts) == 1 else None)
+
+
+def pool_channels(embedding: NDArray[np.float32], how: str) -> NDArray[np.float32]:
+    """(C, E) as it is, its mean over channels (E,), or the channels one after another (C * E,)."""
+    if how == "keep":
+        return embedding
+    return embedding.mean(axis=0) if how == "mean" else embedding.reshape(-1)
+
+
+def encode_recordings(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    settings: EncodeSettings,
+    load_models: Callable[[int | None], Sequence[FastNormWear]],
+    *,
+    windows: WindowList | None = None,
+    workers: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Encodes recordings into an output folder, or goes on with what a stopped run left there.
+
+    The rows are decided by inputs, settings and weights; not by workers, timing, kills or retries.
+
+    Args:
+        inputs: files and folders.
+        output: folder of the Parquet parts and manifest.json.
+        settings: what decides the rows.
+        load_models: called once with the CPU threads to use (None: as it likes) when inputs and
+            output are known to be good; a model a device, all the same.
+        windows: the list of windows whose digest is ``settings.windows``.
+        workers: reader processes; 0 reads in this one.
+        overwrite: discard an earlier run in that folder.
+        progress: told how it gets on.
+
+    Raises:
+        UsageError: inputs, windows or channels that are not there.
+        OutputError: the folder cannot be written, is in use, or holds a run that differs.
+        WeightsError: from ``load_models``.
+    """
+    progress = progress or Silent()
+    found = find_inputs(inputs, output)
+    with OutputFolder(output) as folder:
+        before = folder.read_manifest()
+        previous = None if overwrite else before
+        if previous is None:
+            surveyed = survey(
+                found, settings, windows, lambda done: progress.surveyed(done, len(found))
+            )
+        else:
+            surveyed = _resume_inputs(previous, found, settings, windows, folder.path)
+            settings = replace(
+                settings,
+                batch_tokens=previous["settings"]["batch_tokens"],
+                unit_tokens=previous["settings"]["unit_tokens"],
+            )
+        if not any(entry.windows for entry in surveyed):
+            return _nothing(folder.path, surveyed)
+        models = load_models(previous["model"]["threads"] if previous else None)
+        provenance = models[0].provenance()
+        if previous is None:
+            settings = default_tokens(settings, models[0].device.type)
+            if before is not None:
+                folder.clear()
+        else:
+            check_same_model(previous, provenance, str(folder.path))
+        plan = plan_run(surveyed, settings, windows, models[0].config)
+        run = _Run(folder, plan, settings, provenance, previous)
+        return run.encode(models, windows, workers, progress)
+
+
+def _resume_inputs(
+    manifest: dict[str, Any],
+    found: Sequence[FoundRecording],
+    settings: EncodeSettings,
+    windows: WindowList | None,
+    where: Path,
+) -> list[Surveyed]:
+    """What the earlier session found in the inputs, once they are known to be the same."""
+    check_same_settings(manifest, settings, str(where))
+    states = {}
+    for item in found:
+        if windows is None or item.id in windows.recordings:
+            try:
+                states[item.id] = file_state(item.path)
+            except OSError:
+                states[item.id] = (0, 0)  # as survey() has it
+    check_same_inputs(manifest, states, str(where))
+    paths = {item.id: str(item.path) for item in found}
+    entries = [Surveyed.from_dict(values) for values in manifest["inputs"]]
+    return [replace(entry, path=paths[entry.id]) for entry in entries]
+
+
+def _nothing(output: Path, surveyed: Sequence[Surveyed]) -> Summary:
+    """The summary of a run of which no recording can be encoded; nothing is written."""
+    return Summary(
+        output=str(output),
+        recordings=len(surveyed),
+        windows=0,
+        units=0,
+        units_done=0,
+        tally=Tally(),
+        failed={entry.id: entry.error for entry in surveyed if entry.error is not None},
+        notes={},
+    )
+
+
+class _Run:
+    """A run under the lock of its folder: what is committed, what is waiting for its part."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        plan: Plan,
+        settings: EncodeSettings,
+        provenance: dict[str, Any],
+        previous: dict[str, Any] | None,
+    ) -> None:
+        self.folder, self.plan, self.settings, self.provenance = folder, plan, settings, provenance
+        self.id: str = previous["run"] if previous else secrets.token_hex(8)
+        self.started: str = previous["started"] if previous else now()
+        self.form = embedding_form(plan, settings, provenance["config"]["embed_dim"])
+        self.done: set[int] = set()
+        self.tally = Tally()
+        self.session = Tally()
+        self.complete_before = previous is not None and previous["state"] == "complete"
+        self._read_parts()
+        if previous is None:
+            self._write_manifest("running")
+        self._start_buffer()
+
+    def _read_parts(self) -> None:
+        for part in self.folder.parts(self.id):
+            for index, _ in part.metadata["units"]:
+                if index in self.done or index >= len(self.plan.units):
+                    raise OutputError(
+                        f"{part.path} repeats work unit {index}; remove it and run again"
+                    )
+                self.done.add(index)
+            self.tally.add(Tally.from_dict(part.metadata["tally"]))
+
+    def _write_manifest(self, state: str) -> None:
+        self.folder.write_manifest(
+            build_manifest(
+                run=self.id,
+                state=state,
+                started=self.started,
+                settings=self.settings,
+                model=self.provenance,
+                inputs=self.plan.inputs,
+                units=len(self.plan.units),
+                done=len(self.done),
+                tally=self.tally,
+            )
+        )
+
+    # --- encoding ------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        models: Sequence[FastNormWear],
+        windows: WindowList | None,
+        workers: int,
+        progress: Progress,
+    ) -> Summary:
+        left = [unit for unit in self.plan.units if unit.index not in self.done]
+        if not left:
+            if not self.complete_before:
+                self._write_manifest("complete")
+            return self._summary(interrupted=False, already_complete=True)
+        total = sum(unit.windows for unit in self.plan.units)
+        progress.start(total, total - sum(unit.windows for unit in left))
+        jobs = plan_jobs(self.plan, self.done, self.settings, windows)
+        try:
+            with _graceful_stop() as stopped, contextlib.ExitStack() as stack:
+                source = prepared_units(jobs, self.settings, workers, stopped)
+                stack.callback(source.close)  # type: ignore[attr-defined]
+                devices = stack.enter_context(_Devices(models, self.settings))
+                for unit, embeddings, seconds in devices.encode(source, stopped):
+                    self._add(unit, embeddings, seconds)
+                    progress.advance(len(unit.rows))
+            self._flush()
+            interrupted = len(self.done) < len(self.plan.units)
+            self._write_manifest("interrupted" if interrupted else "complete")
+        except OutputError:
+            raise
+        except BaseException:
+            self._flush()  # what is whole is kept, whatever went wrong beside it
+            raise
+        finally:
+            progress.close()
+        return self._summary(interrupted, already_complete=False)
+
+    def _summary(self, interrupted: bool, already_complete: bool) -> Summary:
+        failed = {e.id: e.error for e in self.plan.inputs if e.error is not None}
+        return Summary(
+            output=str(self.folder.path),
+            recordings=len(self.plan.inputs),
+            windows=sum(entry.windows for entry in self.plan.inputs),
+            units=len(self.plan.units),
+            units_done=len(self.done),
+            tally=self.tally,
+            failed=failed | self.tally.failed,
+            notes={entry.id: entry.notes for entry in self.plan.inputs if entry.notes},
+            weights=self.provenance["weights"],
+            encoded=self.session.ok,
+            seconds=self.session.seconds,
+            interrupted=interrupted,
+            already_complete=already_complete,
+        )
+
+    # --- parts ---------------------------------------------------------------------------------------
+
+    def _start_buffer(self) -> None:
+        self._units: list[tuple[int, int]] = []
+        self._tables: list[Any] = []
+        self._buffered = Tally()
+        self._flushed_at = time.perf_counter()
+
+    def _add(
+        self, unit: PreparedUnit, embeddings: list[NDArray[np.float32]], seconds: float
+    ) -> None:
+        """Buffers an encoded unit; writes a part when there is enough for one."""
+        started = time.perf_counter()
+        tally = Tally(failed=unit.failed, statistics=unit.statistics, flat=unit.flat)
+        results = iter(embeddings)
+        values: list[NDArray[np.float32] | None] = []
+        for row in unit.rows:
+            if row.status == OK:
+                tally.ok += 1
+                values.append(pool_channels(next(results), self.settings.channel_pool))
+            else:
+                tally.skip(row.status)
+                values.append(None)
+        self._tables.append(build_table(unit.rows, values, self.form))
+        self._units.append((unit.index, len(unit.rows)))
+        tally.seconds |= {
+            "read": unit.read_seconds,
+            "prepare": unit.prepare_seconds,
+            "encode": seconds,
+            "write": time.perf_counter() - started,
+        }
+        self._buffered.add(tally)
+        size = sum(table.nbytes for table in self._tables)
+        if size >= PART_BYTES or time.perf_counter() - self._flushed_at >= PART_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Commits what is buffered as one part."""
+        if not self._units:
+            return
+        import pyarrow as pa
+
+        started = time.perf_counter()
+        self._buffered.seconds["wall"] = started - self._flushed_at
+        metadata = {
+            "schema": SCHEMA_VERSION,
+            "version": __version__,
+            "run": self.id,
+            "weights": self.provenance["weights"],
+            "scalogram": self.settings.scalogram,
+            "pool": self.settings.pool,
+            "channel_pool": self.settings.channel_pool,
+            "precision": self.provenance["precision"],
+            "units": self._units,
+            "tally": self._buffered.to_dict(),
+        }
+        self.folder.write_part(encode_part(pa.concat_tables(self._tables), self.form, metadata))
+        self.done.update(index for index, _ in self._units)
+        self.tally.add(self._buffered)
+        self.session.add(self._buffered)
+        self._start_buffer()
+        # This part's own writing is counted with the next one's.
+        self._buffered.seconds["write"] = time.perf_counter() - started
+        self._flushed_at = started
+
+
+class _Devices:
+    """Encodes units in order on one model a device, each in a thread of its own."""
+
+    def __init__(self, models: Sequence[FastNormWear], settings: EncodeSettings) -> None:
+        self._free: queue.SimpleQueue[FastNormWear] = queue.SimpleQueue()
+        for model in models:
+            self._free.put(model)
+        self._settings = settings
+        self._limit = len(models) + AHEAD
+        self._threads = ThreadPoolExecutor(len(models), "encode")
+
+    def __enter__(self) -> _Devices:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def encode(
+        self, units: Iterator[PreparedUnit], stopped: Callable[[], bool]
+    ) -> Iterator[tuple[PreparedUnit, list[NDArray[np.float32]], float]]:
+        """Each unit with its embeddings and the seconds they took; ends early once ``stopped``."""
+        pending: deque[tuple[PreparedUnit, Future[tuple[list[NDArray[np.float32]], float]]]] = (
+            deque()
+        )
+        for unit in units:
+            pending.append((unit, self._threads.submit(self._encode, unit)))
+            while pending and (len(pending) >= self._limit or pending[0][1].done()):
+                yield self._next(pending)
+            if stopped():
+                break
+        while pending:
+            # Units not begun yet are left for the next session; the one being encoded is kept.
+            if stopped():
+                while pending and pending[-1][1].cancel():
+                    pending.pop()
+                if not pending:
+                    return
+            yield self._next(pending)
+
+    @staticmethod
+    def _next(
+        pending: deque[tuple[PreparedUnit, Future[tuple[list[NDArray[np.float32]], float]]]],
+    ) -> tuple[PreparedUnit, list[NDArray[np.float32]], float]:
+        unit, future = pending.popleft()
+        embeddings, seconds = future.result()
+        unit.data.clear()
+        return unit, embeddings, seconds
+
+    def _budget(self, model: FastNormWear, unit: PreparedUnit) -> int:
+        """The micro-batch's tokens: a window larger than it makes the unit's larger."""
+        from normwear_fast.packing import window_tokens
+
+        assert self._settings.batch_tokens is not None
+        shapes = {window.shape for window in unit.data}
+        largest = max(
+            window_tokens(channels, samples, model.optimized_cwt, model.config)
+            for channels, samples in shapes
+        )
+        return max(self._settings.batch_tokens, largest)
+
+    def _encode(self, unit: PreparedUnit) -> tuple[list[NDArray[np.float32]], float]:
+        model = self._free.get()
+        started = time.perf_counter()
+        try:
+            if not unit.data:
+                return [], 0.0
+            pool = cast('Literal["mean", "cls"]', self._settings.pool)
+            budget = self._budget(model, unit)
+            embeddings = model.encode_unit(unit.data, pool=pool, batch_tokens=budget)
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            row = unit.rows[0]
+            raise NormWearError(
+                f"the device ran out of memory in recording {row.recording} near "
+                f"{row.window.start:g} s; use shorter windows or fewer channels"
+            ) from error
+        finally:
+            self._free.put(model)
+        return embeddings, time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _graceful_stop() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) only asks to stop; a second one ends the process at once.
+
+    An end at once is safe: to the output it is a kill like any other.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        event.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, ask)
+    try:
+        yield event.is_set
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,202 @@
+"""What is to be encoded: each recording's windows and channels, before any sample is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normwear_fast.encode.settings import EncodeSettings
+from normwear_fast.encode.windows import Tiling, Window, WindowList, select_channels
+from normwear_fast.errors import NormWearError, RecordingError, UsageError
+from normwear_fast.recordings import open_recording
+from normwear_fast.recordings.base import FoundRecording
+
+COMPANIONS = {".hea": (".dat", ".mat"), ".vhdr": (".eeg", ".vmrk"), ".set": (".fdt",)}
+"""Header formats and the extensions of the files that hold their samples."""
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One recording as an input of a run.
+
+    Args:
+        id: as in the output's ``recording`` column.
+        path: where it lies.
+        size: bytes, companion files included.
+        mtime_ns: when it, or a companion file, was last changed.
+        windows: how many of it are to be encoded.
+        duration: seconds.
+        channels: names of the selected channels.
+        notes: what the reader has to say about it.
+        error: why it cannot be encoded, or None.
+    """
+
+    id: str
+    path: str
+    size: int
+    mtime_ns: int
+    windows: int = 0
+    duration: float = 0.0
+    channels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recording": self.id,
+            "path": self.path,
+            "size": self.size,
+            "mtime_ns": self.mtime_ns,
+            "windows": self.windows,
+            "duration_s": self.duration,
+            "channels": list(self.channels),
+            "notes": list(self.notes),
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Surveyed:
+        return cls(
+            id=values["recording"],
+            path=values["path"],
+            size=values["size"],
+            mtime_ns=values["mtime_ns"],
+            windows=values["windows"],
+            duration=values["duration_s"],
+            channels=tuple(values["channels"]),
+            notes=tuple(values["notes"]),
+            error=values["error"],
+        )
+
+
+def reason(error: BaseException, path: str | Path) -> str:
+    """Which recording could not be read and why, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif not isinstance(error, NormWearError):
+        text = f"cannot be read ({type(error).__name__}{': ' if text else ''}{text[:300]})"
+    return text if text.startswith(str(path)) else f"{path}: {text}"
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Total size and latest mtime_ns of a recording's files."""
+    states = [file.stat() for file in _files(path)]
+    return (
+        sum(state.st_size for state in states),
+        max((state.st_mtime_ns for state in states), default=0),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    extensions = COMPANIONS.get(path.suffix.lower())
+    if extensions is None:
+        return [path]
+    names = {path.stem}
+    if path.suffix.lower() == ".hea":  # a WFDB header's lines begin with its files or segments
+        lines = path.read_bytes()[: 2**20].decode("latin-1").splitlines()
+        names |= {line.split()[0] for line in lines if line.strip() and line[0] != "#"}
+    candidates = {path.parent / (name + end) for name in names for end in ("", ".hea", *extensions)}
+    return sorted({path} | {file for file in candidates if file.is_file()})
+
+
+def windows_of(
+    recording: str, duration: float, settings: EncodeSettings, windows: WindowList | None
+) -> Sequence[Window]:
+    """The windows of one recording.
+
+    Raises:
+        RecordingError: a window is longer than the recording.
+    """
+    if windows is None:
+        assert settings.window is not None
+        assert settings.hop is not None
+        tiling = Tiling.over(duration, settings.window, settings.hop)
+        if not tiling:
+            raise RecordingError(
+                f"lasts {_seconds(duration)} s, less than a window of {settings.window:g} s"
+            )
+        return tiling
+    listed = windows.recordings[recording]
+    longest = int(listed.durations.argmax())
+    if listed.durations[longest] > duration + 1e-6:
+        raise RecordingError(
+            f"lasts {_seconds(duration)} s, less than window {listed.ids[longest]} of "
+            f"{listed.durations[longest]:g} s"
+        )
+    return listed
+
+
+def _seconds(duration: float) -> str:
+    # Rounded down: 5.9996 s is less than 6, and must not read "6 s, less than 6 s".
+    return f"{math.floor(duration * 1e3) / 1e3:g}"
+
+
+def survey(
+    found: Sequence[FoundRecording],
+    settings: EncodeSettings,
+    windows: WindowList | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Surveyed]:
+    """Opens every recording and says what of it is to be encoded.
+
+    Args:
+        found: recordings in order of id.
+        settings: which windows and channels.
+        windows: the list, where there is one; recordings it does not name are left out.
+        progress: called with the number of recordings seen so far.
+
+    Raises:
+        UsageError: a channel name no recording has, or a recording in the list that is not there.
+    """
+    if windows is not None:
+        found = _listed(found, windows)
+    surveyed = []
+    names: set[str] = set()
+    for i, item in enumerate(found):
+        size = mtime_ns = 0
+        try:
+            size, mtime_ns = file_state(item.path)
+            with open_recording(item.path, sampling_rate=settings.rate) as recording:
+                names.update(channel.name for channel in recording.channels)
+                channels = select_channels(recording.channels, settings.channels)
+                entry = Surveyed(
+                    id=item.id,
+                    path=str(item.path),
+                    size=size,
+                    mtime_ns=mtime_ns,
+                    windows=len(windows_of(item.id, recording.duration, settings, windows)),
+                    duration=recording.duration,
+                    channels=tuple(recording.channels[c].name for c in channels),
+                    notes=tuple(recording.notes),
+                )
+        # Readers are other people's code on damaged files: any error is this recording's only.
+        except Exception as error:
+            entry = Surveyed(
+                item.id, str(item.path), size, mtime_ns, error=reason(error, item.path)
+            )
+        surveyed.append(entry)
+        progress(i + 1)
+    unknown = sorted(set(settings.channels or ()) - names)
+    if unknown and names:
+        raise UsageError(
+            f"no recording has a channel {', '.join(unknown)}; there are {', '.join(sorted(names))}"
+        )
+    return surveyed
+
+
+def _listed(found: Sequence[FoundRecording], windows: WindowList) -> list[FoundRecording]:
+    missing = sorted(set(windows.recordings) - {item.id for item in found})
+    if missing:
+        known = ", ".join(item.id for item in found[:5]) + (", ..." if len(found) > 5 else "")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UsageError(
+            f"the list of windows names recording {', '.join(missing[:3])}{more}, which is not among "
+            f"the inputs; they are {known}"
+        )
+    return [item for item in found if item.id in windows.recordings]
