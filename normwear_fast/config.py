@@ -57,8 +57,14 @@ class NormWearConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        counts = ("embed_dim", "depth", "num_heads", "fusion_every", "decoder_embed_dim")
-        counts += ("decoder_num_heads", "num_scales", "grid_rows", "pretrain_samples")
+        counts: tuple[str, ...] = ("embed_dim", "depth", "num_heads", "fusion_every")
+        counts += (
+            "decoder_embed_dim",
+            "decoder_num_heads",
+            "num_scales",
+            "grid_rows",
+            "pretrain_samples",
+        )
         for name in (*counts, "pretrain_channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

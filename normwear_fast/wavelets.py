@@ -54,7 +54,7 @@ def mother_wavelet(name: str, t: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def scales(count: int = 65) -> NDArray[np.float64]:
     """The scales a = 0.1, 1.1, ..., in samples."""
-    return np.arange(count) + 0.1
+    return np.arange(count, dtype=np.float64) + 0.1
 
 
 def filter_widths(samples: int, method: ScalogramMethod, count: int = 65) -> NDArray[np.int64]:

@@ -215,15 +215,20 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
 def test_import_loads_nothing_heavy() -> None:
     heavy = ["triton", "cupy", "ray", "transformers", "sklearn", "matplotlib", "scipy.signal"]
     heavy += ["pandas", "wfdb", "edfio", "pyarrow"]
+    loaded = f"print([name for name in {heavy} if name in sys.modules and name not in before])"
     code = f"""
 import sys
 import torch
 before = set(sys.modules)
 import normwear_fast
+{loaded}
 from normwear_fast import FastNormWear
-print([name for name in {heavy} if name in sys.modules and name not in before])
+{loaded}
 """
-    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
+    package, model = run(sys.executable, "-c", code, cwd=ROOT).splitlines()
+    assert package == "[]"
+    # torch.compiler.disable, which the model uses, loads torch._dynamo, and that Triton.
+    assert model in ("[]", "['triton']")
 
 
 def test_this_build_is_one() -> None:
