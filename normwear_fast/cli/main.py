@@ -21,6 +21,7 @@ COMMANDS = {
     "encode": ("normwear_fast.cli.encode", "recordings to embeddings"),
     "inspect": ("normwear_fast.cli.inspect", "what is in the recordings"),
     "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
+    "probe": ("normwear_fast.cli.probe", "linear probing, and preparing the public sets"),
     "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),
     "zeroshot-train": ("normwear_fast.cli.zeroshot_train", "train the zero-shot fusion module"),
 }
