@@ -176,7 +176,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert f"normwear-fast {name}" in said.split("example:")[1]
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"    {name} " in said for name in COMMANDS)
+    assert set(COMMANDS) <= set(said.split("commands:")[1].split())
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"normwear-fast {__version__}\n"
 

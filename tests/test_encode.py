@@ -31,7 +31,7 @@ from normwear_fast.encode import (
     readers,
 )
 from normwear_fast.encode.output import METADATA_KEY, OutputFolder
-from normwear_fast.encode.prepare import MISSING
+from normwear_fast.encode.prepare import MISSING, NOT_FINITE, TOO_LARGE
 from normwear_fast.encode.units import plan_units
 from normwear_fast.encode.windows import Extractor, Tiling, Window
 from normwear_fast.errors import OutputError, RecordingError, UsageError
@@ -396,6 +396,27 @@ def test_example_cohort(cohort_dir: Path, tmp_path: Path) -> None:
     for row in table[table.status == "ok"].itertuples():
         assert row.embedding.shape == (len(row.channels), 64)
         assert np.isfinite(row.embedding).all()
+
+
+def test_values_no_model_can_take_are_skipped(tmp_path: Path) -> None:
+    """Beyond float32, and within it but beyond what its sums hold; neither spoils its neighbours."""
+    data = np.random.default_rng(0).standard_normal((1, 65 * 8))
+    data[0, 130:260] = 3e38 * np.sign(data[0, 130:260])
+    data[0, 260:390] *= 1e300
+    np.savez(tmp_path / "x.npz", data=data, sampling_rate=65.0)
+    run(tmp_path / "x.npz", tmp_path / "out", replace(SETTINGS, preprocess="none"))
+    table = load_embeddings(tmp_path / "out")
+    assert table.status.tolist() == ["ok", NOT_FINITE, TOO_LARGE, "ok"]
+    assert [e is None for e in table.embedding] == [False, True, True, False]
+    scaled = replace(SETTINGS, preprocess="none", normalize="recording")
+    run(tmp_path / "x.npz", tmp_path / "scaled", scaled)
+    assert set(load_embeddings(tmp_path / "scaled").status) == {TOO_LARGE}
+
+
+def test_names_that_cannot_be_ids(tmp_path: Path) -> None:
+    np.save(tmp_path / os.fsdecode(b"\xff.npy"), np.zeros((1, 1000)))
+    with pytest.raises(UsageError, match="rename it"):
+        run(tmp_path, tmp_path / "out", replace(SETTINGS, rate=65.0))
 
 
 # --- resume ----------------------------------------------------------------------------------------

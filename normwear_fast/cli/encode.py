@@ -355,7 +355,7 @@ def _summary_lines(summary: Summary) -> list[str]:
         text += f"; {sum(tally.skipped.values()):,} skipped ({each})"
     lines.append(text)
     if tally.flat:
-        lines.append(f"{tally.flat:,} encoded windows hold a channel that does not vary")
+        lines.append(f"encoded windows with a channel that does not vary: {tally.flat:,}")
     if summary.failed:
         lines.append(
             f"{len(summary.failed):,} of {summary.recordings:,} recordings failed: "
@@ -426,6 +426,9 @@ class _Lines:
             flush=True,
         )
 
+    def stopping(self) -> None:
+        _say_stopping()
+
     def close(self) -> None:
         pass
 
@@ -454,10 +457,18 @@ class _Bar:
     def advance(self, windows: int) -> None:
         self._bar.update(windows)
 
+    def stopping(self) -> None:
+        _say_stopping()
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _say_stopping() -> None:
+    # In a signal handler: print could find stderr's buffer in the middle of a write.
+    os.write(2, b"\nstopping after the current work unit; Ctrl-C again stops at once\n")
 
 
 def _progress() -> _Lines | _Bar:

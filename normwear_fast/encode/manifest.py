@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ class Tally:
             "skipped": self.skipped,
             "flat": self.flat,
             "failed": self.failed,
-            "statistics": self.statistics,
+            "statistics": _finite(self.statistics),
             "seconds": {stage: round(self.seconds[stage], 3) for stage in STAGES},
         }
 
@@ -72,6 +73,16 @@ class Tally:
             statistics=dict(values["statistics"]),
             seconds=dict.fromkeys(STAGES, 0.0) | values["seconds"],
         )
+
+
+def _finite(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no number for; a channel of such values is skipped throughout."""
+    return {
+        recording: [
+            [v if v is not None and math.isfinite(v) else None for v in pair] for pair in pairs
+        ]
+        for recording, pairs in statistics.items()
+    }
 
 
 def now() -> str:
@@ -114,7 +125,7 @@ def build_manifest(
         },
         "seconds": {stage: round(tally.seconds[stage], 3) for stage in STAGES},
         "failed": failed,
-        "statistics": tally.statistics,
+        "statistics": _finite(tally.statistics),
         "inputs": [entry.to_dict() for entry in inputs],
     }
 

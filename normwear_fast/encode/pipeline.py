@@ -36,7 +36,7 @@ from normwear_fast.encode.output import (
     build_table,
     encode_part,
 )
-from normwear_fast.encode.prepare import OK, Job, JobUnit, PreparedUnit, Source
+from normwear_fast.encode.prepare import NOT_FINITE, OK, Job, JobUnit, PreparedUnit, Source
 from normwear_fast.encode.readers import prepared_units
 from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
@@ -66,6 +66,7 @@ class Progress(Protocol):
     def surveyed(self, done: int, total: int) -> None: ...
     def start(self, windows: int, done: int) -> None: ...
     def advance(self, windows: int) -> None: ...
+    def stopping(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -79,6 +80,9 @@ class Silent:
         pass
 
     def advance(self, windows: int) -> None:
+        pass
+
+    def stopping(self) -> None:
         pass
 
     def close(self) -> None:
@@ -142,6 +146,11 @@ class Plan:
 def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
     """The recordings of the inputs, without what lies in the output folder."""
     found = find_recordings(inputs)
+    for item in found:
+        if not item.id.isprintable():
+            raise UsageError(
+                f"{str(item.path)!r}: its name has characters no id can have; rename it"
+            )
     if output is not None:
         below = os.path.abspath(output)
         found = [
@@ -410,7 +419,7 @@ class _Run:
         progress.start(total, total - sum(unit.windows for unit in left))
         jobs = plan_jobs(self.plan, self.done, self.settings, windows)
         try:
-            with _graceful_stop() as stopped, contextlib.ExitStack() as stack:
+            with _graceful_stop(progress) as stopped, contextlib.ExitStack() as stack:
                 source = prepared_units(jobs, self.settings, workers, stopped)
                 stack.callback(source.close)  # type: ignore[attr-defined]
                 devices = stack.enter_context(_Devices(models, self.settings))
@@ -464,12 +473,15 @@ class _Run:
         results = iter(embeddings)
         values: list[NDArray[np.float32] | None] = []
         for row in unit.rows:
-            if row.status == OK:
-                tally.ok += 1
-                values.append(pool_channels(next(results), self.settings.channel_pool))
-            else:
+            value = next(results) if row.status == OK else None
+            if value is not None and not np.isfinite(value).all():
+                row.status, value = NOT_FINITE, None
+            if value is None:
                 tally.skip(row.status)
                 values.append(None)
+            else:
+                tally.ok += 1
+                values.append(pool_channels(value, self.settings.channel_pool))
         self._tables.append(build_table(unit.rows, values, self.form))
         self._units.append((unit.index, len(unit.rows)))
         tally.seconds |= {
@@ -596,7 +608,7 @@ class _Devices:
 
 
 @contextlib.contextmanager
-def _graceful_stop() -> Iterator[Callable[[], bool]]:
+def _graceful_stop(progress: Progress) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C (or SIGTERM) only asks to stop; a second one ends the process at once.
 
     An end at once is safe: to the output it is a kill like any other.
@@ -610,6 +622,7 @@ def _graceful_stop() -> Iterator[Callable[[], bool]]:
         event.set()
         for each in before:
             signal.signal(each, signal.SIG_DFL)
+        progress.stopping()
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     for each in before:
@@ -618,4 +631,4 @@ def _graceful_stop() -> Iterator[Callable[[], bool]]:
         yield event.is_set
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)

@@ -30,6 +30,7 @@ OK = "ok"
 MISSING = "missing data"
 NO_DATA = "no data in a channel"
 TOO_LARGE = "values beyond float32"
+NOT_FINITE = "values beyond the model's range"
 
 Statistics = list[tuple[float, float]]
 
