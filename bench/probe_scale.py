@@ -38,7 +38,7 @@ def measure(task_name: str, samples: int, features: int) -> dict[str, object]:
     for start in range(0, samples, 1000):
         random.standard_normal(out=x[start : start + 1000], dtype=np.float32)
     classes = {"2 classes": 2, "6 classes": 6, "regression": 1}[task_name]
-    weights = random.standard_normal((features, classes), dtype=np.float32) / np.sqrt(features)
+    weights = random.standard_normal((features, classes), dtype=np.float32) * features**-0.5
     scores = x @ weights + random.standard_normal((samples, classes), dtype=np.float32)
     if task_name == "regression":
         y = (100 + 10 * scores).astype(np.float64)

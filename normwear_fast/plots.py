@@ -419,7 +419,8 @@ def relevance(
         shades = LinearSegmentedColormap.from_list("relevance", ["#FFFFFF", "#FBC58A", "#E8792B"])
         figure = _figure(9.0, 0.9 + 1.25 * count)
         rows: Any = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-        edges = np.arange(values.shape[1] + 1) * 9 / sampling_rate
+        # A row of the scalogram stands at the middle of its second difference, a sample later.
+        edges = (np.arange(values.shape[1] + 1) * 9 + 0.5) / sampling_rate
         time = np.arange(length) / sampling_rate
         for axes, series, row, name in zip(rows, signal, values, names, strict=True):
             low, high = np.nanmin(series), np.nanmax(series)

@@ -151,7 +151,7 @@ def test_relevance_sums_the_scales_of_a_step(drawn):
     assert values[10] == pytest.approx(1)
     assert values.sum() == pytest.approx(1)
     edges = mesh.get_coordinates()[0, :, 0]
-    assert edges[10] == pytest.approx(90 / 65)
+    assert edges[10] == pytest.approx(90.5 / 65)
     steps = plots.relevance(signal, values[None]).axes[0].collections[0].get_array().ravel()
     np.testing.assert_allclose(steps, values)
     assert {"ECG", "PPG", "Stressed?"} <= set(texts(drawn["relevance"]))
