@@ -32,7 +32,7 @@ from normwear_fast.evaluate.prepare import prepare, read_pieces
 from normwear_fast.evaluate.registry import DATASETS, GROUPS, Task, find_released
 from normwear_fast.evaluate.run import evaluate, write_report
 from normwear_fast.evaluate.samples import SampleSet, load_samples
-from normwear_fast.evaluate.unpickle import load_pickle
+from normwear_fast.recordings.unpickle import load_pickle
 
 BASIC_MOTIONS = Path(__file__).parent / "data" / "imu" / "basic_motions.npz"
 BINARY = Task("sick", "disease risk", ("no", "yes"))

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from normwear_fast.errors import InputError, RecordingError, UsageError
 from normwear_fast.evaluate.registry import Dataset, Task, find_released
-from normwear_fast.evaluate.unpickle import load_pickle
+from normwear_fast.recordings.unpickle import load_pickle
 
 SAMPLE_FOLDER = "sample_for_downstream"
 SPLIT_FILE = "train_test_split.json"

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, RecordingError, UsageError
+from normwear_fast.errors import InputError, NormWearError, RecordingError, UsageError
 
 Array = NDArray[np.float64]
 
@@ -106,6 +107,10 @@ class Recording(ABC):
 
 # extension, lower case with its dot -> reader
 _READERS: dict[str, Callable[..., Recording]] = {}
+# folders that are recordings: recognises one -> reader
+_FOLDERS: list[tuple[Callable[[Path], bool], Callable[..., Recording]]] = []
+# tried for a file whose extension no reader has: gives a reader, or None
+_OTHERS: list[Callable[[Path], Callable[..., Recording] | None]] = []
 # extension -> gives the files that belong to a file of that format and are no recordings themselves
 _COMPANIONS: dict[str, Callable[[Path], Iterable[Path]]] = {}
 
@@ -134,16 +139,36 @@ def register(
     return decorate
 
 
+def register_folder(recognise: Callable[[Path], bool]) -> Callable[[_Reader], _Reader]:
+    """Class decorator: the reader of folders that `recognise` says are one recording."""
+
+    def decorate(cls: _Reader) -> _Reader:
+        _FOLDERS.append((recognise, cls))
+        return cls
+
+    return decorate
+
+
+def register_others(choose: Callable[[Path], Callable[..., Recording] | None]) -> None:
+    """What to do with a file whose extension is not registered, when it is given by name."""
+    _OTHERS.append(choose)
+
+
+def _folder_reader(path: Path) -> Callable[..., Recording] | None:
+    """The reader of a folder that is one recording; None for a folder of recordings."""
+    return next((reader for recognise, reader in _FOLDERS if recognise(path)), None)
+
+
 def extensions() -> tuple[str, ...]:
     """The extensions that some reader is registered for, sorted."""
     return tuple(sorted(_READERS))
 
 
 def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> Recording:
-    """Open a recording by its extension.
+    """Open a recording by its extension; a Zarr or Empatica E4 folder by what it holds.
 
     Args:
-        path: the file; for WFDB the .hea header.
+        path: the file or folder; for WFDB the .hea header, for BrainVision the .vhdr.
         sampling_rate: Hz, for files without a clock of their own. A file that has one may differ
             from it by 1 %.
 
@@ -153,7 +178,12 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
     path = Path(path)
     if sampling_rate is not None and not (np.isfinite(sampling_rate) and sampling_rate > 0):
         raise UsageError(f"--rate {sampling_rate}: a sampling rate is a number of Hz above 0")
-    reader = _READERS.get(path.suffix.lower())
+    folder = path.is_dir()
+    reader = _folder_reader(path) if folder else _READERS.get(path.suffix.lower())
+    if reader is None and not folder:
+        reader = next(filter(None, (choose(path) for choose in _OTHERS)), None)
+    if reader is None and folder:
+        raise RecordingError(f"{path}: is a folder that holds no recording of its own")
     if reader is None:
         header = path.with_suffix(".hea")
         instead = (
@@ -163,9 +193,7 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
         )
         raise RecordingError(f"{path}: {path.suffix or 'no extension'} is no format; {instead}")
     try:
-        if path.is_dir():
-            raise RecordingError(f"{path}: is a folder, not a {path.suffix} file")
-        if path.stat().st_size == 0:
+        if not folder and path.stat().st_size == 0:
             raise RecordingError(f"{path}: is empty (0 bytes)")
         return reader(path, sampling_rate=sampling_rate)
     except OSError as error:
@@ -175,6 +203,17 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             f"{path}: reading {path.suffix} needs {error.name}; "
             "install it with: pip install 'normwear-fast[io]'"
         ) from error
+
+
+@contextmanager
+def refusing(path: Path, what: str = "is damaged") -> Iterator[None]:
+    """Any error of another library on a file becomes the one line that a user gets."""
+    try:
+        yield
+    except (NormWearError, ImportError):
+        raise
+    except Exception as error:  # damaged files fail in every way
+        raise RecordingError(f"{path}: {what}: {reason(error)[:300]}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -260,16 +299,17 @@ def find_recordings(inputs: Sequence[str | Path]) -> list[FoundRecording]:
     for given in map(Path, inputs):
         if not given.exists():
             raise UsageError(f"{given}: no such file or folder")
-        if given.is_dir():
+        if given.is_dir() and _folder_reader(given) is None:
             for path in _recordings_below(given):
                 found.setdefault(os.path.abspath(path), (path.relative_to(given).as_posix(), path))
         else:
-            found.setdefault(os.path.abspath(given), (given.name, given))
+            name = given.name or given.resolve().name
+            found.setdefault(os.path.abspath(given), (name, given))
     if not found:
         where = ", ".join(str(given) for given in inputs) or "no input"
         raise UsageError(f"{where}: no recording found; known are {' '.join(extensions())}")
 
-    ids = {key: str(Path(name).with_suffix("").as_posix()) for key, (name, _) in found.items()}
+    ids = {key: _without_extension(name, path) for key, (name, path) in found.items()}
     for key in _shared(ids):
         ids[key] = found[key][0]
     again = _shared(ids)
@@ -280,13 +320,20 @@ def find_recordings(inputs: Sequence[str | Path]) -> list[FoundRecording]:
     return sorted((FoundRecording(ids[k], found[k][1]) for k in found), key=lambda one: one.id)
 
 
+def _without_extension(name: str, path: Path) -> str:
+    """A folder's name has an extension only where some reader's files have the same."""
+    if path.is_dir() and path.suffix.lower() not in _READERS:
+        return name
+    return Path(name).with_suffix("").as_posix()
+
+
 def _shared(ids: dict[str, str]) -> list[str]:
     counts = Counter(ids.values())
     return [key for key, name in ids.items() if counts[name] > 1]
 
 
 def _recordings_below(folder: Path) -> list[Path]:
-    """Files with a known extension, without those that are parts of others."""
+    """Files with a known extension and folders that are recordings, without parts of others."""
     paths: list[Path] = []
     visited: set[str] = set()
     for top, folders, files in os.walk(folder, followlinks=True):
@@ -296,6 +343,9 @@ def _recordings_below(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        whole = [name for name in folders if _folder_reader(Path(top, name)) is not None]
+        paths += [Path(top, name) for name in whole]
+        folders[:] = [name for name in folders if name not in whole]
         known = (name for name in sorted(files) if not name.startswith("."))
         paths += [Path(top, name) for name in known if Path(name).suffix.lower() in _READERS]
     parts = {

@@ -21,7 +21,7 @@ import numpy as np
 from normwear_fast.errors import RecordingError
 from normwear_fast.evaluate.prepare.common import Piece, cut
 from normwear_fast.evaluate.registry import Dataset
-from normwear_fast.evaluate.unpickle import load_pickle
+from normwear_fast.recordings.unpickle import load_pickle
 
 _SOURCES = (
     *(("chest", "ACC", axis) for axis in range(3)),
