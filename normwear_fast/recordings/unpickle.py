@@ -74,7 +74,7 @@ class _Array(np.ndarray):
         shape = _shape(shape)
         if math.prod(shape) * dtype.dtype.itemsize != len(raw):
             raise pickle.UnpicklingError(f"an array of shape {shape} in {len(raw)} bytes")
-        super().__setstate__((1, shape, dtype.dtype, np.bool(fortran), raw))
+        super().__setstate__(cast(Any, (1, shape, dtype.dtype, bool(fortran), raw)))
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
