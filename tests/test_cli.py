@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,27 @@ def test_ctrl_c_says_how_to_go_on(
     table = load_embeddings(tmp_path / "out")
     assert len(table) == 301 + 51
     assert not table.duplicated(["recording", "window_id"]).any()
+
+
+def test_ctrl_c_in_a_terminal_with_readers(recordings: Path, weights: Path, tmp_path: Path) -> None:
+    """The whole group of processes gets the signal; only the run answers, and no reader complains."""
+    words = ["encode", recordings, "--weights", weights, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "normwear_fast.cli", *map(str, words), "--workers", "2"]
+    run = subprocess.Popen(
+        [*command, "--hop", "0.005"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    assert run.stderr.readline() == "encoding 1,402 windows\n"
+    time.sleep(0.3)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "the same command goes on from there" in out
+    assert "Traceback" not in err
 
 
 def test_progress_lines_and_bar(

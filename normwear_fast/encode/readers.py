@@ -14,6 +14,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -94,9 +95,16 @@ class _Reader:
         self.process: BaseProcess = context.Process(
             target=_serve, args=(theirs, self.settings), daemon=True
         )
-        # Its arrays are small: threads of a BLAS would only take the model's cores.
-        with _environment("OMP_NUM_THREADS", "1"):
-            self.process.start()
+        # Its arrays are small: threads of a BLAS would only take the model's cores. Ctrl-C reaches
+        # all of a terminal's processes, but only the run decides when a reader ends: it inherits
+        # the blocked signal. (The first start of multiprocessing's tracker would unblock it.)
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _environment("OMP_NUM_THREADS", "1"):
+                self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def begin(self, job: Job) -> None:
@@ -157,7 +165,6 @@ class _Reader:
 
 def _serve(connection: Connection, settings: EncodeSettings) -> None:
     """A worker's life: jobs in, units out, until the run closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run stops it, after the current unit
     try:
         while True:
             job = connection.recv()
