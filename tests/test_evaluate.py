@@ -633,7 +633,7 @@ def test_large_matrices_are_not_copied_and_are_put_back(matrix, monkeypatch, tas
     np.testing.assert_array_equal(x, matrix["x"])
 
 
-@pytest.mark.parametrize(("task", "most"), [(BINARY, 0.25), (THREE, 0.25), (NUMBER, 1.25)])
+@pytest.mark.parametrize(("task", "most"), [(BINARY, 0.25), (THREE, 0.25), (NUMBER, 0.4)])
 def test_a_large_probe_holds_two_matrices_at_most(monkeypatch, task, most):
     import tracemalloc
 

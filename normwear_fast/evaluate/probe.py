@@ -5,10 +5,9 @@ iterations) or ridge regression (cholesky, alpha = 1) on log(y + 1), predictions
 training range. No standardisation: the published protocol has none. NaN features are 0, as
 published, and counted in the result. Source: Luo et al., arXiv 2412.09758, downstream evaluation.
 
-Memory: features stay float32, and there are never more than two matrices of their size. Beyond
-`SMALL` bytes the training rows are brought to the front in place and put back afterwards, instead
-of copied: scikit-learn's ridge makes a centred copy of its own (and F x F products), and two
-classes go to `LargeBinaryRegression`.
+Memory: features stay float32. Beyond `SMALL` bytes they are not copied at all: the training rows are
+brought to the front in place and put back afterwards, and the two estimators that would copy them
+inside scikit-learn have a form here that solves the same problem without.
 """
 
 from __future__ import annotations
@@ -113,6 +112,40 @@ def ridge_regression() -> Any:
     from sklearn.linear_model import Ridge
 
     return Ridge(solver="cholesky", alpha=1.0)
+
+
+class LargeRidgeRegression:
+    """`ridge_regression` for a matrix that must not be copied, with more rows than features.
+
+    scikit-learn centres a copy of the rows; here blocks of them are centred, one after another, as
+    their products are summed. The system solved is the same.
+    """
+
+    def __init__(self) -> None:
+        self.template = ridge_regression()
+
+    def fit(self, x: NDArray[np.float32], y: NDArray[np.float64]) -> LargeRidgeRegression:
+        from scipy.linalg import cho_factor, cho_solve
+        from scipy.linalg.blas import ssyrk
+
+        features = x.shape[1]
+        mean = np.mean(x, axis=0, dtype=np.float64).astype(np.float32)
+        middle = y.mean(axis=0)
+        products = np.zeros((features, features), np.float32, order="F")
+        targets = np.zeros((features, y.shape[1]))
+        for start in range(0, len(x), _ROWS):
+            block = x[start : start + _ROWS] - mean
+            # Half of the symmetric products, added in place.
+            products = ssyrk(1.0, block.T, beta=1.0, c=products, lower=1, overwrite_c=1)
+            targets += block.T @ (y[start : start + _ROWS] - middle).astype(np.float32)
+        products.flat[:: features + 1] += self.template.alpha
+        factor = cho_factor(products, lower=True, overwrite_a=True, check_finite=False)
+        self.weights = cho_solve(factor, targets.astype(np.float32), check_finite=False)
+        self.intercept = middle - mean.astype(np.float64) @ self.weights
+        return self
+
+    def predict(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        return x @ self.weights + self.intercept
 
 
 @dataclass
@@ -285,13 +318,15 @@ def fit_probe(
     with _training_rows(x, train) as (rows, samples, place):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            large = rows.nbytes > SMALL
+            model: Any
             if task.kind == "class":
                 two = len(np.unique(target[train])) == 2
-                large = two and np.shares_memory(rows, x) and rows.nbytes > SMALL
-                model: Any = LargeBinaryRegression() if large else logistic_regression()
-                probe = model.fit(rows, target[samples])
+                model = LargeBinaryRegression() if large and two else logistic_regression()
             else:
-                probe = ridge_regression().fit(rows, target[samples])
+                tall = len(rows) > rows.shape[1]
+                model = LargeRidgeRegression() if large and tall else ridge_regression()
+            probe = model.fit(rows, target[samples])
         said = sorted({" ".join(str(warning.message).split())[:120] for warning in caught})
         notes += [f"scikit-learn: {message}" for message in said]
         function = probe.predict_proba if task.kind == "class" else probe.predict
