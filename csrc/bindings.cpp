@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "build_info.h"  // written by setup.py
+#include "cpu/bind_kernels.h"
 #include "cpu/windows.h"
 
 namespace py = pybind11;
@@ -55,4 +56,6 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("windows"), py::arg("count"), py::arg("length"), py::arg("stride"),
         py::arg("missing"), py::call_guard<py::gil_scoped_release>());
+
+    normwear::bind_kernels(m);
 }

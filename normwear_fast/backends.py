@@ -26,27 +26,60 @@ class Backend:
     channel_attention: Callable[..., torch.Tensor] = operators.channel_attention
     bias_gelu: Callable[..., None] = operators.bias_gelu
     pool_norm: Callable[..., torch.Tensor] = operators.pool_norm
+    encoder: Callable[..., Any] | None = None
+    """Builds the layers with the backend's own products, from (folded, config, precision); None where
+    the products are torch's."""
+    blas: str | None = None
+    """Whose products run; None for torch's library."""
 
 
 TORCH = Backend("torch")
 """Plain PyTorch, every device: the definition."""
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"torch": lambda: TORCH}
-"""Name to a function that builds the backend, so that a backend loads only when it is asked for."""
 
-_AUTO: dict[str, str] = {}
-"""Device type to the backend ``auto`` takes there; plain PyTorch elsewhere."""
+def _native_backend() -> Backend:
+    from normwear_fast import native
+
+    return native.backend()
+
+
+def _cuda_backend() -> Backend:
+    from normwear_fast import cuda_backend
+
+    return cuda_backend.backend()
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "torch": lambda: TORCH,
+    "native": _native_backend,
+    "cuda": _cuda_backend,
+}
+"""Name to a function that builds the backend, so that a backend loads only when it is asked for. It
+raises UsageError where the backend is not installed."""
+
+_AUTO: dict[str, str] = {"cpu": "native"}
+"""Device type to the backend ``auto`` takes there if it is installed; plain PyTorch elsewhere."""
+
+_DEVICES: dict[str, str] = {"native": "cpu"}
+"""Backends that run on one device type only."""
 
 
 def select_backend(name: str, device: torch.device) -> Backend:
     """The backend of that name, or for ``auto`` the fastest one present for the device.
 
     Raises:
-        UsageError: no backend of that name.
+        UsageError: no backend of that name, one that is not installed, or one for another device.
     """
     if name == "auto":
-        name = _AUTO.get(device.type, "torch")
+        try:
+            return BACKENDS[_AUTO.get(device.type, "torch")]()
+        except UsageError:
+            return TORCH
     if name not in BACKENDS:
         known: list[Any] = ["auto", *BACKENDS]
         raise UsageError(f"backend {name!r} does not exist; known are {', '.join(known)}")
+    if _DEVICES.get(name, device.type) != device.type:
+        raise UsageError(
+            f"backend {name!r} runs on {_DEVICES[name]} only, and the model is on {device.type}"
+        )
     return BACKENDS[name]()

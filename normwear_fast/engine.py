@@ -15,12 +15,12 @@ from torch import Tensor
 from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
-from normwear_fast.folding import FoldedBlock, FoldedEncoder
+from normwear_fast.folding import FoldedBlock, FoldedEncoder, without_matrices
 from normwear_fast.operators import Pool, Tokenizer
 from normwear_fast.packing import Layout
 from normwear_fast.wavelets import ScalogramMethod
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
 BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
 """Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
@@ -91,6 +91,10 @@ class Engine:
         config: sizes.
         method: the scalogram.
         backend: the operators.
+        precision: of the products; by default what the folded matrices are in.
+
+    Raises:
+        UsageError: ``int8`` where the backend has no such products.
     """
 
     def __init__(
@@ -99,12 +103,24 @@ class Engine:
         config: NormWearConfig,
         method: ScalogramMethod,
         backend: Backend,
+        precision: str | None = None,
     ) -> None:
+        self.dtype = folded.blocks[0].qkv.dtype
+        precision = precision or str(self.dtype).removeprefix("torch.")
+        self.encoder = None
+        if backend.encoder is not None and self.dtype != torch.float64:
+            self.encoder = backend.encoder(folded, config, precision)
+            folded = without_matrices(folded)
+            self.encoder.folded = folded
+        elif precision == "int8":
+            raise UsageError(
+                f"precision 'int8' needs the native backend on a CPU; this is backend {backend.name!r} "
+                f"on {folded.carried.device.type}"
+            )
         self.folded = folded
         self.config = config
         self.method = method
         self.backend = backend
-        self.dtype = folded.blocks[0].qkv.dtype
         self.residual_dtype = folded.carried.dtype
         self.device = folded.carried.device
         self.workspace = Workspace(self.device)
@@ -154,14 +170,16 @@ class Engine:
         sequences, rows = layout.sequences, layout.sequences.total
         take, eps = self.workspace.take, folded.layer_eps
         residual = take("residual", rows, width, self.residual_dtype)
+        counts = tuple(sorted(set(sequences.lengths)))
+        ops.tokenize(residual, series, layout.samples, sequences, self.tokenizer(counts))
+        if self.encoder is not None:
+            out: Tensor = self.encoder.run(residual, layout, pool, take)
+            return out
         normed = take("normed", rows, width, self.dtype)
         attended = take("attended", rows, width, self.dtype)
         qkv = take("qkv", rows, 3 * width, self.dtype)
         update = None if self.accumulates else take("update", rows, width, self.dtype)
         pending: Tensor | None = None
-
-        counts = tuple(sorted(set(sequences.lengths)))
-        ops.tokenize(residual, series, layout.samples, sequences, self.tokenizer(counts))
         last = len(folded.blocks) - 1
         for i, block in enumerate(folded.blocks):
             ops.residual_norm(residual, folded.carried[2 * i], eps, update=pending, out=normed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -128,3 +128,8 @@ def fold(model: ReferenceNormWear, dtype: torch.dtype) -> FoldedEncoder:
         norm_bias=model.norm.bias.detach().to(constant_dtype),
         final_eps=model.norm.eps,
     )
+
+
+def without_matrices(folded: FoldedEncoder) -> FoldedEncoder:
+    """The same without the blocks, for a backend that keeps its own copy of them."""
+    return replace(folded, blocks=(), fusions={})

@@ -41,7 +41,12 @@ UPSTREAM_RESAMPLES_ABOVE = 256.0
 WORKSPACE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
 """Activation buffers kept between calls; a larger window's are freed after it."""
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # the backend quantises
+}
 _FOLDABLE = (Attention, Block, nn.Linear, nn.LayerNorm, nn.Conv2d)
 
 
@@ -213,7 +218,8 @@ class FastNormWear(ReferenceNormWear):
             "backend": select_backend(self.backend, device).name,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "torch": torch.__version__,
-            "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+            "blas": select_backend(self.backend, device).blas
+            or ("mkl" if torch.backends.mkl.is_available() else "other"),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
@@ -236,7 +242,9 @@ class FastNormWear(ReferenceNormWear):
         with self._lock:
             precision = self.resolved_precision
             engine = self._engine(precision)
-            self._frozen = (engine.folded, precision)
+            # A backend with its own products has dropped the matrices that a move would need.
+            folded = fold(self, _DTYPES[precision]) if engine.encoder else engine.folded
+            self._frozen = (folded, precision)
             self._watch = None
             self._engines.clear()
             for module in self.modules():
@@ -325,6 +333,7 @@ class FastNormWear(ReferenceNormWear):
                 self.config,
                 scalogram_method(self.optimized_cwt),
                 select_backend(self.backend, self.device),
+                resolved,
             )
         return self._engines[key]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Tokenizer:
     num_scales: int
     method: ScalogramMethod
     wavelet: str
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a backend made of these tables, by its own key."""
 
     def template_start(self, tokens: int) -> int:
         """First row in ``templates`` of the template for a sequence of ``tokens`` tokens."""

@@ -389,7 +389,7 @@ def test_freeze_keeps_encoding_and_drops_the_rest():
     assert held > 0
     assert not list(model.parameters())
     assert np.array_equal(model.encode(x), before)
-    assert np.array_equal(model.get_embedding(x).mean(2).numpy(), before)
+    assert np.abs(model.get_embedding(x).mean(2).numpy() - before).max() < 1e-6
     model.to("cpu")
     assert np.array_equal(model.encode(x), before)
     with pytest.raises(UsageError, match="frozen"):

@@ -1,0 +1,510 @@
+"""The CPU's operators in C++ (csrc/cpu), and the encoder made of them.
+
+The products are ours too: weights are packed once for the processor's instruction set, a block of rows
+stays in cache from one product to the next, and a row's result depends on that row alone, whatever the
+micro-batch or the number of threads. docs/native-engine.md has the measurements behind each choice.
+
+``NORMWEAR_FAST_ISA`` forces an instruction set: ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from normwear_fast import _native, operators
+from normwear_fast.backends import Backend
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import UsageError
+from normwear_fast.folding import FoldedBlock, FoldedEncoder
+from normwear_fast.operators import Pool, Tokenizer
+from normwear_fast.packing import Layout, Segments
+from normwear_fast.wavelets import ScalogramMethod, wavelet_bank
+
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
+"""Best first. ``avx512`` includes VNNI; ``avx2`` includes FMA."""
+
+OPERANDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+"""Precisions the products know, as csrc/cpu/kernels.h numbers them."""
+
+CHUNK = 768
+"""Columns of fc2 that share one int8 scale a row: the MLP tile that is in cache, so that a row's scale
+needs no second pass. Finer than one scale a row, hence never less exact."""
+
+SUPPORT = 3e-8
+"""A wavelet is cut where it stays below this share of its peak: 6.7 a for the Ricker wavelet, and what
+is lost lies below float32's own rounding."""
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_POOLS = {"mean": 0, "cls": 1, "patch": 2}
+_NONE = (0, 0, 0)
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those this build and this processor have, best first; empty without the extension."""
+    module, _ = _native.load()
+    if module is None:
+        return ()
+    return tuple(name for name in INSTRUCTION_SETS if module.kernels(name) is not None)
+
+
+@cache
+def backend(instruction_set: str | None = None) -> Backend:
+    """The native backend, by default for the best instruction set or ``NORMWEAR_FAST_ISA``'s.
+
+    Raises:
+        UsageError: no extension, or an instruction set that is not there.
+    """
+    module, why_not = _native.load()
+    if module is None:
+        raise UsageError(
+            f"backend 'native' needs normwear_fast._C ({why_not}); install a C++17 compiler and "
+            "reinstall normwear-fast"
+        )
+    present = instruction_sets()
+    name = instruction_set or os.environ.get("NORMWEAR_FAST_ISA") or present[0]
+    if name not in present:
+        raise UsageError(
+            f"instruction set {name!r} is not one this processor has; it has {', '.join(present)}"
+        )
+    kernels = module.kernels(name)
+    return Backend(
+        "native",
+        tokenize=partial(tokenize, kernels),
+        residual_norm=partial(residual_norm, kernels),
+        channel_attention=partial(channel_attention, kernels),
+        bias_gelu=partial(bias_gelu, kernels),
+        pool_norm=partial(pool_norm, kernels),
+        encoder=partial(NativeEncoder, kernels),
+        blas=f"normwear-fast {name}",
+    )
+
+
+# --- addresses ---------------------------------------------------------------------------------------
+
+
+def _view(x: Tensor | None) -> tuple[int, int, int]:
+    return _NONE if x is None else (x.data_ptr(), x.stride(0), _TYPES[x.dtype])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(*tensors: Tensor | None) -> bool:
+    """Whether all are CPU matrices of a type the kernels know, with contiguous rows."""
+    return all(
+        x is None
+        or (x.device.type == "cpu" and x.dtype in _TYPES and x.ndim == 2 and _unit_stride(x))
+        for x in tensors
+    )
+
+
+def _unit_stride(x: Tensor) -> bool:
+    return x.shape[-1] <= 1 or x.stride(-1) == 1
+
+
+def _whole(*tensors: Tensor | None) -> bool:
+    """Whether all are contiguous float32 on the CPU."""
+    return all(
+        x is None or (x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous())
+        for x in tensors
+    )
+
+
+@lru_cache(maxsize=256)
+def _bounds(segments: Segments) -> Tensor:
+    return torch.tensor(segments.bounds, dtype=torch.int64)
+
+
+# --- the operators: signatures and meaning are those of normwear_fast.operators ----------------------
+# What the kernels do not take (float64, odd strides) goes to the definition.
+
+
+def residual_norm(
+    kernels: Any,
+    residual: Tensor,
+    carried: Tensor | None,
+    eps: float,
+    *,
+    update: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    wanted = (out.dtype if out is not None else dtype) or residual.dtype
+    if not (_whole(residual, carried) and _rows(residual, update, out) and wanted in _TYPES):
+        return operators.residual_norm(residual, carried, eps, update=update, dtype=dtype, out=out)
+    if out is None:
+        out = torch.empty(residual.shape, dtype=wanted)
+    kernels.residual_norm(
+        residual=residual.data_ptr(),
+        update=_view(update),
+        carried=_address(carried),
+        eps=eps,
+        rows=residual.shape[0],
+        width=residual.shape[1],
+        out=_view(out),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def bias_gelu(kernels: Any, x: Tensor, bias: Tensor) -> None:
+    if not (_rows(x) and _whole(bias)):
+        return operators.bias_gelu(x, bias)
+    kernels.bias_gelu(
+        x=_view(x),
+        bias=bias.data_ptr(),
+        rows=x.shape[0],
+        width=x.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    return None
+
+
+def quantise_rows(kernels: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Rows, or gelu(rows + bias), as 8-bit integers: x ~ scale * q + offset, the row's whole range.
+
+    Args:
+        x: (rows, width) float32 or bfloat16.
+        bias: (width,) float32 for gelu, or None.
+
+    Returns:
+        q (rows, width) uint8, scale (rows,), offset (rows,): off by scale / 2 at most.
+    """
+    rows, width = x.shape
+    q = torch.empty((rows, width), dtype=torch.uint8)
+    scale, offset = torch.empty(rows), torch.empty(rows)
+    kernels.quantise(
+        x=_view(x),
+        bias=_address(bias),
+        rows=rows,
+        width=width,
+        out=q.data_ptr(),
+        scale=scale.data_ptr(),
+        offset=offset.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return q, scale, offset
+
+
+def channel_attention(
+    kernels: Any,
+    query: Tensor,
+    key_value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    num_heads: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    same = query.dtype == key_value.dtype and (out is None or out.dtype == query.dtype)
+    if not (same and _rows(query, key_value, out)) or 0 in keys.lengths:
+        return operators.channel_attention(query, key_value, queries, keys, num_heads, out=out)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype)
+    kernels.attention(
+        query=_view(query),
+        key_value=_view(key_value),
+        out=_view(out),
+        queries=_bounds(queries).data_ptr(),
+        keys=_bounds(keys).data_ptr(),
+        segments=len(queries),
+        heads=num_heads,
+        head_size=query.shape[1] // num_heads,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def pool_norm(
+    kernels: Any,
+    residual: Tensor,
+    carried: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    sequences: Segments,
+    pool: Pool,
+    *,
+    update: Tensor | None = None,
+) -> Tensor:
+    if not (_whole(residual, carried, weight, bias) and _rows(residual, update)):
+        return operators.pool_norm(
+            residual, carried, weight, bias, eps, sequences, pool, update=update
+        )
+    rows = residual.shape[0] if pool == "patch" else len(sequences)
+    out = torch.empty((rows, residual.shape[1]))
+    kernels.pool_norm(
+        residual=residual.data_ptr(),
+        update=_view(update),
+        carried=_address(carried),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        eps=eps,
+        bounds=_bounds(sequences).data_ptr(),
+        sequences=len(sequences),
+        width=residual.shape[1],
+        pool=_POOLS[pool],
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """The wavelets of one series length, a patch column after another.
+
+    ``taps`` holds (taps, scales of a patch) float32 a column; ``spans`` (columns, 3): the first tap
+    that counts, one past the last, and where the column starts in ``taps``.
+    """
+
+    taps: NDArray[np.float32]
+    spans: NDArray[np.int64]
+    padding: int
+
+
+@lru_cache(maxsize=64)
+def _filters(
+    samples: int, method: ScalogramMethod, wavelet: str, num_scales: int, patch_scales: int
+) -> _Filters:
+    bank = wavelet_bank(samples, method, wavelet, num_scales)
+    taps, spans, start = [], [], 0
+    for first in range(0, num_scales - patch_scales + 1, patch_scales):
+        part = bank[first : first + patch_scales]
+        peaks = np.abs(part).max(axis=1, keepdims=True)
+        counts = np.flatnonzero((np.abs(part) > SUPPORT * peaks).any(axis=0))
+        low, high = (int(counts[0]), int(counts[-1]) + 1) if len(counts) else (0, 0)
+        taps.append(np.ascontiguousarray(part[:, low:high].T, dtype=np.float32).reshape(-1))
+        spans.append((low, high, start))
+        start += len(taps[-1])
+    return _Filters(np.concatenate(taps), np.array(spans, np.int64), bank.shape[1] // 2)
+
+
+def _patch_matrix(kernels: Any, tokenizer: Tokenizer) -> Any:
+    """(E, rows * step) packed: for every scalogram row of a patch its 3 * scales values, padded to
+    four (15 to 16 in the released model)."""
+    rows, scales = tokenizer.patch_size
+    weight = tokenizer.patch_weight.view(-1, 3, rows, scales).permute(0, 2, 1, 3).flatten(2)
+    step = -(-3 * scales // 4) * 4
+    return _pack(kernels, torch.nn.functional.pad(weight, (0, step - 3 * scales)).flatten(1), 0)
+
+
+def _pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) -> Any:
+    weight = weight.float().contiguous()
+    outputs, inputs = weight.shape
+    return kernels.pack(
+        weight=weight.data_ptr(),
+        n=outputs,
+        k=inputs,
+        stride=inputs,
+        operand=operand,
+        chunk=chunk or inputs,
+        threads=torch.get_num_threads(),
+    )
+
+
+def tokenize(
+    kernels: Any,
+    residual: Tensor,
+    series: Tensor,
+    samples: Segments,
+    sequences: Segments,
+    tokenizer: Tokenizer,
+) -> None:
+    if not _whole(residual, series, tokenizer.patch_weight, tokenizer.templates):
+        return operators.tokenize(residual, series, samples, sequences, tokenizer)
+    key = ("native", kernels.name)
+    if key not in tokenizer.prepared:
+        tokenizer.prepared[key] = _patch_matrix(kernels, tokenizer)
+    width, (rows, scales) = residual.shape[1], tokenizer.patch_size
+    known: dict[tuple[int, int], int] = {}
+    pairs = zip(samples.lengths, sequences.lengths, strict=True)
+    table = torch.tensor([known.setdefault(pair, len(known)) for pair in pairs])
+    filters, entries = [], []
+    for length, tokens in known:
+        part = _filters(
+            length - 2, tokenizer.method, tokenizer.wavelet, tokenizer.num_scales, scales
+        )
+        filters.append(part)  # alive during the call
+        template = tokenizer.templates.data_ptr() + 4 * width * tokenizer.template_start(tokens)
+        entries.append((part.taps.ctypes.data, part.spans.ctypes.data, template, part.padding))
+    kernels.tokenize(
+        series=series.data_ptr(),
+        samples=_bounds(samples).data_ptr(),
+        tokens=_bounds(sequences).data_ptr(),
+        table=table.data_ptr(),
+        sequences=len(samples),
+        filters=entries,
+        columns=tokenizer.num_scales // scales,
+        patch_rows=rows,
+        patch_scales=scales,
+        weight=tokenizer.prepared[key],
+        residual=residual.data_ptr(),
+        width=width,
+        threads=torch.get_num_threads(),
+    )
+    return None
+
+
+# --- the encoder -------------------------------------------------------------------------------------
+
+
+class _Block:
+    """A folded block with its matrices packed."""
+
+    def __init__(self, kernels: Any, block: FoldedBlock, operand: int, last: bool) -> None:
+        pack = partial(_pack, kernels, operand=operand)
+        width = block.proj.shape[0]
+        self.qkv = pack(block.qkv)
+        self.qkv_bias = block.qkv_bias.float()
+        self.query = pack(block.qkv[:width]) if last else None
+        self.key_value = pack(block.qkv[width:]) if last else None
+        self.proj = pack(block.proj)
+        self.proj_constant = block.proj_constant
+        self.fc1 = pack(block.fc1)
+        self.fc1_bias = block.fc1_bias
+        self.fc2 = pack(block.fc2, chunk=CHUNK)
+        self.fc2_constant = block.fc2_constant
+        self.hidden = block.fc1.shape[0]
+
+
+class NativeEncoder:
+    """The layers between the tokenizer and the pooled output, in three native calls a layer.
+
+    Args:
+        kernels: of the instruction set.
+        folded: the weights; its matrices are copied and not needed any more.
+        config: sizes.
+        precision: of the products: ``float32``, ``bfloat16`` or ``int8``.
+    """
+
+    def __init__(
+        self, kernels: Any, folded: FoldedEncoder, config: NormWearConfig, precision: str
+    ) -> None:
+        operand = OPERANDS[precision]
+        last = len(folded.blocks) - 1
+        self.kernels, self.folded, self.config = kernels, folded, config
+        half = precision == "bfloat16" or (precision == "int8" and kernels.native_bfloat16)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        """Of queries, keys and values: bfloat16 halves attention's time where it is native."""
+        self.blocks = [_Block(kernels, b, operand, i == last) for i, b in enumerate(folded.blocks)]
+        self.fusions = {i: _Block(kernels, b, operand, False) for i, b in folded.fusions.items()}
+
+    def run(self, residual: Tensor, layout: Layout, pool: Pool, take: Any) -> Tensor:
+        """Tokens to output.
+
+        Args:
+            residual: (tokens, E) float32, overwritten.
+            layout: where everything stands.
+            pool: ``mean``, ``cls`` or ``patch``.
+            take: the workspace's ``take(name, rows, width, dtype)``.
+        """
+        kernels, folded, width = self.kernels, self.folded, self.config.embed_dim
+        sequences, rows, heads = layout.sequences, len(residual), self.config.num_heads
+        qkv = take("qkv", rows, 3 * width, self.dtype)
+        attended = take("attended", rows, width, self.dtype)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            carried = folded.carried[2 * i]
+            if i == last and pool == "cls":
+                return self._last_layer_cls(residual, layout, take)
+            self._linear(residual, block.qkv, qkv, carried=carried, bias=block.qkv_bias, norm=True)
+            channel_attention(
+                kernels, qkv[:, :width], qkv[:, width:], sequences, sequences, heads, out=attended
+            )
+            kernels.feed(
+                residual=residual.data_ptr(),
+                attended=_view(attended),
+                rows=rows,
+                proj=block.proj,
+                fc1=block.fc1,
+                fc2=block.fc2,
+                carried=folded.carried[2 * i + 1].data_ptr(),
+                fc1_bias=block.fc1_bias.data_ptr(),
+                eps=folded.layer_eps,
+                threads=torch.get_num_threads(),
+            )
+            if i in self.fusions:
+                cls, carried = layout.cls_rows, folded.carried[2 * i + 2]
+                fused = self._true_block(residual[cls] + carried, self.fusions[i], layout.windows)
+                residual[cls] = fused - carried
+        return self._pooled(residual, folded.carried[-1], sequences, pool)
+
+    def _linear(
+        self,
+        a: Tensor,
+        weight: Any,
+        c: Tensor,
+        *,
+        carried: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: bool = False,
+        gelu: bool = False,
+        add: bool = False,
+    ) -> Tensor:
+        """c (+)= gelu?(norm?(a + carried) weight^T + bias)."""
+        self.kernels.linear(
+            a=_view(a),
+            standardise=norm,
+            carried=_address(carried),
+            eps=self.folded.layer_eps,
+            weight=weight,
+            bias=_address(bias),
+            gelu=gelu,
+            accumulate=add,
+            c=_view(c),
+            rows=len(a),
+            threads=torch.get_num_threads(),
+        )
+        return c
+
+    def _true_block(self, x: Tensor, block: _Block, groups: Segments) -> Tensor:
+        """A block over true values (S, E), attending inside each group: the fusion of [CLS] rows."""
+        width = x.shape[1]
+        qkv = torch.empty((len(x), 3 * width), dtype=self.dtype)
+        self._linear(x, block.qkv, qkv, bias=block.qkv_bias, norm=True)
+        attended = channel_attention(
+            self.kernels, qkv[:, :width], qkv[:, width:], groups, groups, self.config.num_heads
+        )
+        return self._after_attention(x, attended, block)
+
+    def _after_attention(self, x: Tensor, attended: Tensor, block: _Block) -> Tensor:
+        """proj and the MLP with their constants; few rows, so that threads share the outputs."""
+        x = self._linear(attended, block.proj, x + block.proj_constant, add=True)
+        hidden = torch.empty((len(x), block.hidden))
+        self._linear(x, block.fc1, hidden, bias=block.fc1_bias, norm=True, gelu=True)
+        return self._linear(hidden, block.fc2, x + block.fc2_constant, add=True)
+
+    def _last_layer_cls(self, residual: Tensor, layout: Layout, take: Any) -> Tensor:
+        """The last layer for [CLS] rows only: keys and values of all tokens, the rest of those."""
+        last, width = len(self.blocks) - 1, self.config.embed_dim
+        block, carried = self.blocks[last], self.folded.carried[2 * last]
+        key_value = take("qkv", len(residual), 2 * width, self.dtype)
+        self._linear(residual, block.key_value, key_value, carried=carried, norm=True)
+        x = residual[layout.cls_rows] + carried
+        query = torch.empty((len(x), width), dtype=self.dtype)
+        self._linear(x, block.query, query, bias=block.qkv_bias[:width], norm=True)
+        attended = channel_attention(
+            self.kernels, query, key_value, layout.ones, layout.sequences, self.config.num_heads
+        )
+        x = self._after_attention(x, attended, block)
+        if last in self.fusions:
+            x = self._true_block(x, self.fusions[last], layout.windows)
+        return self._pooled(x, None, layout.ones, "patch")
+
+    def _pooled(
+        self, residual: Tensor, carried: Tensor | None, segments: Segments, pool: Pool
+    ) -> Tensor:
+        folded = self.folded
+        weight, bias, eps = folded.norm_weight, folded.norm_bias, folded.final_eps
+        return pool_norm(self.kernels, residual, carried, weight, bias, eps, segments, pool)
