@@ -8,6 +8,7 @@
 #include "build_info.h"  // written by setup.py
 #include "cpu/bind_kernels.h"
 #include "cpu/windows.h"
+#include "cuda/bind.h"
 
 namespace py = pybind11;
 
@@ -29,7 +30,14 @@ PYBIND11_MODULE(_C, m) {
     m.attr("PYTHON_ID") = NORMWEAR_PYTHON_ID;
     m.attr("COMPILER") = NORMWEAR_COMPILER;
     m.attr("FLAGS") = NORMWEAR_FLAGS;
+#ifdef NORMWEAR_CUDA
+    m.attr("CUDA") = true;
+    m.attr("CUDA_ARCHITECTURES") = NORMWEAR_CUDA;
+    normwear::cuda::bind(m);
+#else
     m.attr("CUDA") = false;
+    m.attr("CUDA_ARCHITECTURES") = "";
+#endif
 #ifdef _OPENMP
     m.attr("OPENMP") = true;
 #else

@@ -21,7 +21,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version; native: whether `_C` is there; why_not: why not, or None; and of `_C`: build_id,
-        compiler, flags, openmp, cuda (None or False without it).
+        compiler, flags, openmp, cuda (None or False without it) and the GPU architectures that its
+        CUDA code is compiled for.
     """
     module, why_not = _native.load()
     return {
@@ -33,6 +34,7 @@ def build_info() -> dict[str, Any]:
         "flags": getattr(module, "FLAGS", None),
         "openmp": getattr(module, "OPENMP", False),
         "cuda": getattr(module, "CUDA", False),
+        "cuda_architectures": getattr(module, "CUDA_ARCHITECTURES", "").split(),
     }
 
 
