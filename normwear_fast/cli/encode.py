@@ -16,7 +16,7 @@ from normwear_fast.errors import OutputError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from normwear_fast.encode.pipeline import Plan, Progress, Summary
+    from normwear_fast.encode.pipeline import Progress, Summary
     from normwear_fast.encode.windows import WindowList
     from normwear_fast.model import FastNormWear
 
@@ -52,14 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="folder to write, or to go on with")
 
-    windows = parser.add_argument_group("windows")
-    windows.add_argument("--window", type=float, metavar="S", help="seconds of a window (6)")
-    windows.add_argument("--hop", type=float, metavar="S", help="from one to the next (the window)")
-    windows.add_argument(
-        "--windows",
-        metavar="FILE",
-        help="CSV or Parquet with recording, start_s, duration_s or end_s, and maybe window_id",
-    )
+    windows = add_window_arguments(parser)
     windows.add_argument(
         "--max-missing",
         type=float,
@@ -67,12 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="skip a window with a larger fraction of missing samples (0.1)",
     )
-
-    signal = parser.add_argument_group("signal")
-    signal.add_argument("--channels", metavar="NAMES", help="comma-separated; default: all")
-    signal.add_argument(
-        "--rate", type=float, metavar="HZ", help="of recordings whose format has no clock"
-    )
+    signal = add_channel_arguments(parser)
     signal.add_argument(
         "--preprocess",
         choices=CHOICES["preprocess"],
@@ -85,26 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=CHOICES["normalize"][0],
         help="to zero mean and unit deviation (default: none)",
     )
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--pool",
-        choices=CHOICES["pool"],
-        default=CHOICES["pool"][0],
-        help="over a channel's tokens (default: mean)",
-    )
-    model.add_argument(
-        "--channel-pool",
-        choices=CHOICES["channel_pool"],
-        default=CHOICES["channel_pool"][0],
-        help="keep channels apart (default), their mean, or one after another",
-    )
-    model.add_argument(
-        "--scalogram",
-        choices=CHOICES["scalogram"],
-        default=CHOICES["scalogram"][0],
-        help="conv: the one pretraining used (default)",
-    )
+    model = add_form_arguments(parser)
     model.add_argument(
         "--precision", default="auto", metavar="P", help="auto (default), float32, bfloat16"
     )
@@ -119,9 +88,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="reader processes beside this one (0 on a CPU, else up to 8)",
     )
-    run.add_argument("--dry-run", action="store_true", help="say what would be done; no weights")
+    run.add_argument("--dry-run", action="store_true", help="print the plan; no weights")
     run.add_argument("--overwrite", action="store_true", help="discard an earlier run in DIR")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which windows; `plan` has them too."""
+    group = parser.add_argument_group("windows")
+    group.add_argument("--window", type=float, metavar="S", help="seconds of a window (6)")
+    group.add_argument("--hop", type=float, metavar="S", help="from one to the next (the window)")
+    group.add_argument(
+        "--windows",
+        metavar="FILE",
+        help="CSV or Parquet with recording, start_s, duration_s or end_s, and maybe window_id",
+    )
+    return group
+
+
+def add_channel_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which channels, at what rate."""
+    group = parser.add_argument_group("signal")
+    group.add_argument("--channels", metavar="NAMES", help="comma-separated; default: all")
+    group.add_argument(
+        "--rate", type=float, metavar="HZ", help="of recordings whose format has no clock"
+    )
+    return group
+
+
+def add_form_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What becomes of a window's tokens."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pool",
+        choices=CHOICES["pool"],
+        default=CHOICES["pool"][0],
+        help="over a channel's tokens (default: mean)",
+    )
+    group.add_argument(
+        "--channel-pool",
+        choices=CHOICES["channel_pool"],
+        default=CHOICES["channel_pool"][0],
+        help="keep channels apart (default), their mean, or one after another",
+    )
+    group.add_argument(
+        "--scalogram",
+        choices=CHOICES["scalogram"],
+        default=CHOICES["scalogram"][0],
+        help="conv: the one pretraining used (default)",
+    )
+    return group
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         window=6.0 if args.window is None else args.window,
         hop=args.hop,
         windows=windows.digest if windows else None,
-        channels=_names(args.channels),
+        channels=parse_names(args.channels),
         normalize=args.normalize,
         preprocess=args.preprocess,
         pool=args.pool,
@@ -144,7 +160,9 @@ def run(args: argparse.Namespace) -> int:
         rate=args.rate,
     )
     if args.dry_run:
-        return _dry_run(args, settings, windows)
+        from normwear_fast.cli.plan import show_plan
+
+        return show_plan(args, settings, windows, args.output, _devices(args.device)[0].type)
     return _encode(args, settings, windows)
 
 
@@ -156,13 +174,18 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("--output DIR is needed: the folder the embeddings go to")
     if args.model_size and args.random_weights is None:
         raise UsageError("--model-size is for --random-weights; weights have their own size")
-    if args.windows and (args.window is not None or args.hop is not None):
-        raise UsageError("--windows lists every window: leave out --window and --hop")
+    check_window_arguments(args)
     if args.workers is not None and args.workers < 0:
         raise UsageError(f"--workers {args.workers}: it must be 0 or more")
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
+def check_window_arguments(args: argparse.Namespace) -> None:
+    """A UsageError where windows are both listed and tiled."""
+    if args.windows and (args.window is not None or args.hop is not None):
+        raise UsageError("--windows lists every window: leave out --window and --hop")
+
+
+def parse_names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -263,56 +286,6 @@ def _model_loader(
         ]
 
     return load
-
-
-# --- dry run ---------------------------------------------------------------------------------------
-
-
-def _dry_run(args: argparse.Namespace, settings: EncodeSettings, windows: WindowList | None) -> int:
-    from normwear_fast.cli.main import print_error
-    from normwear_fast.config import NormWearConfig
-    from normwear_fast.encode.pipeline import default_tokens, find_inputs, plan_run
-    from normwear_fast.encode.survey import survey
-
-    config = NormWearConfig.small() if args.model_size == "small" else NormWearConfig.base()
-    found = find_inputs(args.inputs, args.output)
-    settings = default_tokens(settings, _devices(args.device)[0].type)
-    plan = plan_run(survey(found, settings, windows), settings, windows, config)
-    failed = [entry.error for entry in plan.inputs if entry.error is not None]
-    for message in failed:
-        print_error(message)
-    if args.json:
-        print(json.dumps(_plan_json(plan)))
-    else:
-        print(*_plan_lines(plan), sep="\n")
-    return 1 if failed else 0
-
-
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    return {
-        "recordings": len(plan.inputs),
-        "windows": sum(entry.windows for entry in plan.inputs),
-        "channel_windows": sum(entry.windows * len(entry.channels) for entry in plan.inputs),
-        "tokens": plan.tokens,
-        "units": len(plan.units),
-        "inputs": [entry.to_dict() for entry in plan.inputs],
-    }
-
-
-def _plan_lines(plan: Plan) -> list[str]:
-    wide = max((len(entry.id) for entry in plan.inputs), default=0)
-    lines = [
-        f"{entry.id:<{wide}}  {entry.windows:>8,} windows  {entry.duration:>10,.1f} s  "
-        f"{', '.join(entry.channels)}"
-        for entry in plan.inputs
-        if entry.error is None
-    ]
-    totals = _plan_json(plan)
-    return [
-        *lines,
-        f"would encode {totals['windows']:,} windows ({totals['channel_windows']:,} channel-windows, "
-        f"{plan.tokens:,} tokens) of {len(lines):,} recordings in {len(plan.units):,} work units",
-    ]
 
 
 # --- what is shown ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from normwear_fast.errors import NormWearError
 COMMANDS = {
     "encode": ("normwear_fast.cli.encode", "recordings to embeddings"),
     "inspect": ("normwear_fast.cli.inspect", "what is in the recordings"),
+    "plan": ("normwear_fast.cli.plan", "windows, bytes and hours before a long run"),
     "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
     "probe": ("normwear_fast.cli.probe", "linear probing, and preparing the public sets"),
     "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),
