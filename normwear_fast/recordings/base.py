@@ -114,7 +114,7 @@ _OTHERS: list[Callable[[Path], Callable[..., Recording] | None]] = []
 # extension -> gives the files that belong to a file of that format and are no recordings themselves
 _COMPANIONS: dict[str, Callable[[Path], Iterable[Path]]] = {}
 
-_Reader = TypeVar("_Reader", bound=type[Recording])
+_Reader = TypeVar("_Reader", bound=Callable[..., Recording])
 
 
 def register(
@@ -181,17 +181,18 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
     folder = path.is_dir()
     reader = _folder_reader(path) if folder else _READERS.get(path.suffix.lower())
     if reader is None and not folder:
+        headers = [path.with_suffix(suffix) for suffix in (".hea", ".vhdr", ".set")]
+        header = next((one for one in headers if one.is_file()), None)
+        if header is not None:
+            raise RecordingError(f"{path}: is a part of a recording; give its header {header}")
         reader = next(filter(None, (choose(path) for choose in _OTHERS)), None)
-    if reader is None and folder:
-        raise RecordingError(f"{path}: is a folder that holds no recording of its own")
     if reader is None:
-        header = path.with_suffix(".hea")
-        instead = (
-            f"give its header {header}"
-            if header.is_file()
-            else "known are " + " ".join(extensions())
+        if folder:
+            raise RecordingError(f"{path}: is a folder that holds no recording of its own")
+        raise RecordingError(
+            f"{path}: {path.suffix or 'no extension'} is no format; "
+            f"known are {' '.join(extensions())}"
         )
-        raise RecordingError(f"{path}: {path.suffix or 'no extension'} is no format; {instead}")
     try:
         if not folder and path.stat().st_size == 0:
             raise RecordingError(f"{path}: is empty (0 bytes)")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import Array, reason, register, split_units
 from normwear_fast.recordings.clock import TimeColumn, time_column
+from normwear_fast.recordings.e4 import is_e4_file
 from normwear_fast.recordings.table import TableRecording
 
 _SAMPLE_BYTES = 1 << 16
@@ -39,6 +40,10 @@ class TextRecording(TableRecording):
 
     def __init__(self, path: Path, *, sampling_rate: float | None = None) -> None:
         self.path = path
+        if is_e4_file(path):
+            raise RecordingError(
+                f"{path}: is one sensor of an Empatica E4 session; give the folder {path.parent}"
+            )
         self.format = path.suffix[1:].upper()
         rows = self._sniff()
         width = len(rows[0])
