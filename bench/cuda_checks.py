@@ -1,0 +1,391 @@
+"""csrc/cuda: what the compiler says of every kernel, and what a GPU does with it.
+
+`compile_report` needs nvcc only. `checks` and `timings` need a GPU; `python -m bench.gpu_check` runs
+all three and tests/test_cuda_build.py holds the first to its limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normwear_fast import cuda_backend, ingest, operators
+from normwear_fast.operators import Tokenizer
+from normwear_fast.packing import Segments, sequence_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+
+# As in setup.py.
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = ["-std=c++17", "-O3"]
+EXTRA = {"ingest": ["-fmad=false"]}
+
+THREADS = {"residual_norm_kernel": 128, "tokenize_kernel": 192, "ingest_kernel": 256}
+"""Of a block, as in the kernels' launch bounds."""
+
+BLOCKS = {"residual_norm_kernel": 1, "tokenize_kernel": 3, "ingest_kernel": 2}
+"""Of a multiprocessor at once, as in the launch bounds (1: none given)."""
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
+"""Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities)."""
+
+
+# --- Without a GPU ----------------------------------------------------------------------------------
+
+
+def cuobjdump() -> str | None:
+    """The disassembler of the CUDA toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        import importlib.util
+
+        spec = importlib.util.find_spec("triton")
+        if spec is not None and spec.origin is not None:
+            beside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            found = str(beside) if beside.is_file() else None
+    return found
+
+
+def compile_report(cache: Path = ROOT / "build" / "cuda-report") -> list[dict[str, Any]]:
+    """Compiles csrc/cuda as setup.py does and reads what ptxas and the disassembly say.
+
+    Returns:
+        Per kernel and architecture: source, kernel (with its template arguments, mangled), arch,
+        registers, stack, spill_stores, spill_loads, shared (static bytes), and, where a
+        disassembler was found, instructions (name to count) of global and local memory and of
+        tensor cores. Kept in ``cache`` for unchanged sources and compiler.
+
+    Raises:
+        FileNotFoundError: no nvcc.
+        subprocess.CalledProcessError: a kernel does not compile; stderr says why.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + Path(__file__).read_bytes() + str(cuobjdump()).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    kept = cache / f"{digest.hexdigest()[:16]}.json"
+    if kept.exists():
+        return list(json.loads(kept.read_text()))
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    kernels: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for source in sorted(SOURCES.glob("*.cu")):
+            target = Path(folder) / f"{source.stem}.o"
+            command = [nvcc, *FLAGS, *EXTRA.get(source.stem, []), *gencode, "-Xptxas", "-v"]
+            process = subprocess.Popen(
+                [*command, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            running.append((source, target, process))
+        for source, target, process in running:
+            log, _ = process.communicate()
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=log)
+            instructions = _instructions(target)
+            for kernel in _ptxas(log):
+                kernel["source"] = source.name
+                kernel["instructions"] = instructions.get((kernel["arch"], kernel["kernel"]))
+                kernels.append(kernel)
+    cache.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkstemp(dir=cache)[1])
+    made.write_text(json.dumps(kernels, indent=1) + "\n")
+    made.replace(kept)
+    return kernels
+
+
+def _short(mangled: str) -> str:
+    """'tokenize_kernel IfLb0E' of its mangled name: the template's arguments after the space."""
+    match = re.search(r"\d([a-z_]+_kernel)(?:(I.*E)EEv|E)", mangled)
+    return " ".join(filter(None, match.groups())) if match else mangled
+
+
+def _ptxas(log: str) -> Iterator[dict[str, Any]]:
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers([^\n]*)",
+        re.DOTALL,
+    )
+    for name, arch, stack, stores, loads, registers, rest in pattern.findall(log):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        yield {
+            "kernel": _short(name),
+            "arch": arch,
+            "registers": int(registers),
+            "stack": int(stack),
+            "spill_stores": int(stores),
+            "spill_loads": int(loads),
+            "shared": int(shared.group(1)) if shared else 0,
+        }
+
+
+def _instructions(target: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Counts of memory and tensor-core instructions by architecture and kernel."""
+    tool = cuobjdump()
+    if tool is None:
+        return {}
+    sass = subprocess.run([tool, "-sass", str(target)], capture_output=True, text=True, check=True)
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    arch, kernel = "", ""
+    for line in sass.stdout.splitlines():
+        if match := re.search(r"arch = (\w+)", line):
+            arch = match.group(1)
+        elif match := re.search(r"Function : (\w+)", line):
+            kernel = _short(match.group(1))
+            counts[arch, kernel] = {}
+        elif match := re.search(r"\b((?:LDG|STG|LDL|STL|HMMA)[A-Z0-9._]*)", line):
+            found = counts[arch, kernel]
+            found[match.group(1)] = found.get(match.group(1), 0) + 1
+    return counts
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------
+
+Check = Callable[[], dict[str, float]]
+"""Runs a kernel twice into poisoned outputs; gives error, bound and stable (1: the same bits twice)."""
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def checks() -> list[tuple[str, Check]]:
+    """Every kernel of csrc/cuda on random ragged inputs against float64."""
+    found: list[tuple[str, Check]] = []
+    for width in (64, 100, 768, 1024, 4096):
+        for residual in FLOATS:
+            for update in (None, *FLOATS):
+                for out in (*FLOATS, torch.float8_e4m3fn):
+                    name = f"residual_norm {width} {residual} update {update} to {out}"
+                    found.append((name, _norm_check(width, residual, update, out)))
+    for method in ("conv", "scipy"):
+        for residual in FLOATS:
+            for tf32 in (False, True):
+                name = f"tokenize {method} {residual} {'tf32' if tf32 else 'float32'}"
+                found.append((name, _tokenize_check(method, residual, tf32)))
+    for implementation in ("cuda", "cupy"):
+        for rate in (64.0, 65.0, 117.096, 360.0, 4000.0):
+            for preprocess in ("none", "reference"):
+                name = f"ingest {implementation} {rate} Hz preprocess {preprocess}"
+                found.append((name, _ingest_check(implementation, rate, preprocess)))
+    return found
+
+
+def _twice(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
+    first, second = run(), run()
+    stable = all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(first, second, strict=True)
+    )
+    return first, float(stable)
+
+
+def _norm_check(
+    width: int, residual_type: torch.dtype, update_type: torch.dtype | None, out_type: torch.dtype
+) -> Check:
+    def check() -> dict[str, float]:
+        rows = 3361
+        residual = torch.randn(rows, width, device="cuda").mul(3).to(residual_type)
+        carried = torch.randn(width, device="cuda")
+        update = None
+        if update_type is not None:
+            update = torch.randn(rows, width, device="cuda").to(update_type)
+
+        def run() -> tuple[Tensor, ...]:
+            changed = residual.clone()
+            out = torch.full((rows, width), torch.nan, device="cuda").to(out_type)
+            scale = torch.full((rows,), torch.nan, device="cuda")
+            cuda_backend.residual_norm(changed, carried, 1e-6, update=update, out=out, scale=scale)
+            return (out, changed, scale) if out_type == torch.float8_e4m3fn else (out, changed)
+
+        results, stable = _twice(run)
+        expected = residual.clone()
+        if update is not None:
+            expected += update
+        exact = F.layer_norm(expected.double() + carried.double(), (width,), eps=1e-6)
+        got = results[0].double()
+        size = float(exact.abs().max())
+        bound = {torch.float32: 2e-6, torch.bfloat16: 2**-8}.get(out_type, 2**-4) * size + 1e-6
+        if out_type == torch.float8_e4m3fn:
+            got = got * results[2].double()[:, None]
+        error = float((got - exact).abs().max())
+        if not torch.equal(results[1], expected):
+            error = float("inf")
+        return {"error": error, "bound": bound, "stable": stable}
+
+    return check
+
+
+def _batch(
+    lengths: list[int], method: str, width: int
+) -> tuple[Tokenizer, Tensor, Segments, Segments]:
+    device = torch.device("cuda")
+    config: Any = SimpleNamespace(patch_size=(9, 5), grid_columns=13)
+    tokens = [sequence_tokens(length, method, config) for length in lengths]  # type: ignore[arg-type]
+    counts = tuple(sorted(set(tokens)))
+    tokenizer = Tokenizer(
+        torch.randn(width, 135, device=device) / 135**0.5,
+        torch.randn(sum(counts), width, device=device),
+        counts,
+        (9, 5),
+        65,
+        method,  # type: ignore[arg-type]
+        "mexh",
+    )
+    series = torch.randn(sum(lengths), device=device).cumsum(0) * 0.1
+    return tokenizer, series, Segments(lengths, device), Segments(tokens, device)
+
+
+def _tokenize_check(method: str, residual_type: torch.dtype, tf32: bool) -> Check:
+    def check() -> dict[str, float]:
+        rng = np.random.default_rng()
+        lengths = [11, 12, 64, 65, 390, 391, 641, 642, 643, 1300, *rng.integers(11, 1400, 20)]
+        batch = _batch([int(n) for n in rng.permutation(lengths)], method, 768)
+        tokenizer, series, samples, sequences = batch
+
+        def run() -> tuple[Tensor, ...]:
+            rows = torch.full((sequences.total, 768), torch.nan, device="cuda", dtype=residual_type)
+            cuda_backend.tokenize(rows, series, samples, sequences, tokenizer, tf32=tf32)
+            return (rows,)
+
+        (rows,), stable = _twice(run)
+        exact = _defined(tokenizer, series, samples, sequences)
+        size = float(exact.abs().max())
+        # 640 float32 products in a row, then 135.
+        bound = size * (5e-6 + (2**-10 if tf32 else 0))
+        bound += size * 2**-8 if residual_type == torch.bfloat16 else 0
+        error = float((rows.double().cpu() - exact).abs().max())
+        return {"error": error, "bound": bound, "stable": stable}
+
+    return check
+
+
+def _defined(
+    tokenizer: Tokenizer, series: Tensor, samples: Segments, sequences: Segments
+) -> Tensor:
+    """The definition in float64, on the CPU."""
+    cpu = torch.device("cpu")
+    tables = Tokenizer(
+        tokenizer.patch_weight.double().cpu(),
+        tokenizer.templates.double().cpu(),
+        tokenizer.token_counts,
+        tokenizer.patch_size,
+        tokenizer.num_scales,
+        tokenizer.method,
+        tokenizer.wavelet,
+    )
+    rows = torch.empty(sequences.total, len(tables.patch_weight), dtype=torch.float64)
+    at = Segments(samples.lengths, cpu), Segments(sequences.lengths, cpu)
+    operators.tokenize(rows, series.cpu(), *at, tables)
+    return rows
+
+
+def _ingest_check(implementation: str, rate: float, preprocess: str) -> Check:
+    def check() -> dict[str, float]:
+        rng = np.random.default_rng()
+        length, windows = int(6 * rate), 40
+        raw = rng.standard_normal((3, windows * length // 2)).cumsum(-1).clip(-9e3, 9e3)
+        codes = torch.from_numpy(np.where(rng.random(raw.shape) < 0.02, -9999, raw * 3)).to(
+            torch.int16
+        )
+        starts = np.arange(windows) * (length // 2) - 5
+        options: dict[str, Any] = {
+            "gain": [0.1, 0.03, 1.0],
+            "baseline": 0.5,
+            "invalid": -9999,
+            "preprocess": preprocess,
+            "normalize": "window",
+        }
+        expected = ingest.ingest(codes, rate, starts, length, 390, **options)
+
+        def run() -> tuple[Tensor, ...]:
+            got = ingest.ingest(
+                codes.cuda(), rate, starts, length, 390, **options, implementation=implementation
+            )
+            return got.data.cpu(), got.missing_fraction.cpu(), got.flat.cpu()
+
+        (data, missing, flat), stable = _twice(run)
+        error = float((data - expected.data).abs().max())
+        if not (
+            torch.equal(flat, expected.flat) and torch.allclose(missing, expected.missing_fraction)
+        ):
+            error = float("inf")
+        return {"error": error, "bound": 1e-5, "stable": stable}
+
+    return check
+
+
+def timings() -> list[dict[str, Any]]:
+    """Time of each operator on a full micro-batch, next to the bandwidth of a device copy."""
+    rows, width = 131_072, 768
+    source, target = torch.empty(2, rows, width, device="cuda")
+    bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    found: list[dict[str, Any]] = [{"name": "copy", "bytes_per_s": bandwidth}]
+
+    carried = torch.randn(width, device="cuda")
+    for out_type in FLOATS:
+        out = torch.empty(rows, width, device="cuda", dtype=out_type)
+
+        def norm(out: Tensor = out) -> None:
+            cuda_backend.residual_norm(source, carried, 1e-6, out=out)
+
+        seconds, moved = _seconds(norm), source.nbytes + out.nbytes
+        found.append(
+            {
+                "name": f"residual_norm to {out_type}",
+                "seconds": seconds,
+                "of_bandwidth": moved / seconds / bandwidth,
+            }
+        )
+    tokenizer, series, samples, sequences = _batch([390] * 234, "conv", width)
+    residual = torch.empty(sequences.total, width, device="cuda")
+    for tf32 in (False, True):
+
+        def tokens(tf32: bool = tf32) -> None:
+            cuda_backend.tokenize(residual, series, samples, sequences, tokenizer, tf32=tf32)
+
+        seconds = _seconds(tokens)
+        name = f"tokenize {'tf32' if tf32 else 'float32'}"
+        found.append({"name": name, "seconds": seconds, "seconds_a_channel": seconds / 234})
+    raw = torch.randint(-9000, 9000, (8, 360 * 6 * 64), dtype=torch.int16, device="cuda")
+    starts = np.arange(64) * 360 * 6
+
+    def cut() -> None:
+        ingest.ingest(raw, 360.0, starts, 360 * 6, 390, gain=0.01, implementation="cuda")
+
+    seconds = _seconds(cut)
+    found.append({"name": "ingest 360 Hz", "seconds": seconds, "seconds_a_channel": seconds / 512})
+    return found
+
+
+def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
+    """Median of single runs by CUDA events, after a warm-up."""
+    for _ in range(3):
+        run()
+    taken = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        taken.append(start.elapsed_time(stop) / 1e3)
+    return float(np.median(taken))
