@@ -15,7 +15,7 @@ The layout, for both:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ class StoredArray:
         array: sliced like a NumPy array; has shape and dtype.
         attributes: its own.
         chunk: samples along the last axis that are stored together.
+        check: raises if the file does not hold what the array declares; called for arrays in use.
     """
 
     path: str
     array: Any
     attributes: dict[str, Any]
     chunk: int = 1
+    check: Callable[[], None] = lambda: None
 
     @property
     def group(self) -> str:
@@ -97,7 +99,9 @@ class ArrayRecording(PartedRecording):
         for one in signals:
             rate = self._rate(one, tree)
             clock = self._clock(one, tree)
+            one.check()
             if clock is not None:
+                clock.check()
                 clocks[clock.path] = clock
                 timed.setdefault(clock.path, []).append(one)
             elif rate is None and given is None:

@@ -41,6 +41,21 @@ class Channel:
     start: float = 0.0
 
 
+def first_sample(channel: Channel, time: float) -> int:
+    """Index of a channel's first sample at or after a time (s); its number of samples if none is."""
+    # Clocks are rounded: a sample that misses the time by a millionth of a sample means it.
+    index = np.ceil((time - channel.start) * channel.sampling_rate - 1e-6)
+    return int(np.clip(index, 0, channel.samples))
+
+
+def without_first(blocks: Iterator[list[Array]], skip: Sequence[int]) -> Iterator[list[Array]]:
+    """Blocks without the first `skip[i]` samples of their channel i."""
+    left = list(skip)
+    for block in blocks:
+        yield [samples[count:] for samples, count in zip(block, left, strict=True)]
+        left = [max(0, count - samples.size) for samples, count in zip(block, left, strict=True)]
+
+
 class Recording(ABC):
     """One opened recording; a context manager.
 
@@ -63,16 +78,20 @@ class Recording(ABC):
         """Seconds from the start to the end of the channel that ends last."""
         return max((c.start + c.samples / c.sampling_rate for c in self.channels), default=0.0)
 
-    def blocks(self, channels: Sequence[int], seconds: float = 60.0) -> Iterator[list[Array]]:
-        """Stream channels from start to end, in memory bounded by the block.
+    def blocks(
+        self, channels: Sequence[int], seconds: float = 60.0, start: float = 0.0
+    ) -> Iterator[list[Array]]:
+        """Stream channels to their end, in memory bounded by the block.
 
         Args:
             channels: indices into `self.channels`, in the order wanted.
             seconds: length of a block.
+            start: seconds; a channel's first sample is `first_sample(channel, start)`.
 
         Yields:
             One float64 array a channel, in physical units, NaN where missing. An array may be
-            empty; a channel's arrays put together have exactly `Channel.samples` samples.
+            empty; a channel's arrays put together have exactly `Channel.samples` samples, less those
+            before the start.
 
         Raises:
             RecordingError: the file turns out to be damaged.
@@ -84,11 +103,23 @@ class Recording(ABC):
                 raise InputError(
                     f"{self.path}: channel {index} does not exist; it has {len(self.channels)}"
                 )
-        return self._blocks(list(channels), seconds) if channels else iter(())
+        if not channels:
+            return iter(())
+        skip = [first_sample(self.channels[index], start) for index in channels]
+        if not any(skip):
+            return self._blocks(list(channels), seconds)
+        return self._blocks_after(list(channels), seconds, skip)
 
     @abstractmethod
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         """`blocks` with checked arguments and at least one channel."""
+
+    def _blocks_after(
+        self, channels: list[int], seconds: float, skip: list[int]
+    ) -> Iterator[list[Array]]:
+        """`_blocks` without the first `skip[i]` samples of `channels[i]`. Readers that can go to a
+        place in their file do so; this reads on to it."""
+        return without_first(self._blocks(channels, seconds), skip)
 
     def close(self) -> None:  # noqa: B027  (most readers hold nothing open)
         """Release the file."""
@@ -194,6 +225,8 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             f"known are {' '.join(extensions())}"
         )
     try:
+        if not folder and path.exists() and not path.is_file():  # opening a pipe waits for ever
+            raise RecordingError(f"{path}: is no regular file")
         if not folder and path.stat().st_size == 0:
             raise RecordingError(f"{path}: is empty (0 bytes)")
         return reader(path, sampling_rate=sampling_rate)
@@ -352,7 +385,7 @@ def _recordings_below(folder: Path) -> list[Path]:
     parts = {
         part
         for path in paths
-        if path.suffix.lower() in _COMPANIONS
+        if path.suffix.lower() in _COMPANIONS and path.exists() and not path.is_fifo()
         for part in _COMPANIONS[path.suffix.lower()](path)
     }
     return [path for path in paths if path not in parts]

@@ -223,9 +223,22 @@ class EdfRecording(Recording):
         self.channels = tuple(channels)
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        return self._blocks_after(channels, seconds, [0] * len(channels))
+
+    def _blocks_after(
+        self, channels: list[int], seconds: float, skip: list[int]
+    ) -> Iterator[list[Array]]:
         rates = [self.channels[c].sampling_rate for c in channels]
+        lengths = [round(rate * self._record_seconds) for rate in rates]  # samples a record
         step = max(1, round(seconds / self._record_seconds))
         done = [0] * len(channels)
+
+        def wanted(block: list[Array]) -> list[Array]:
+            return [
+                data[max(0, count - have) :]
+                for data, count, have in zip(block, skip, done, strict=True)
+            ]
+
         for run in self._runs:
             starts = [_nearest(run.start * rate) for rate in rates]
             while any(have < start for have, start in zip(done, starts, strict=True)):
@@ -233,15 +246,21 @@ class EdfRecording(Recording):
                     min(start - have, max(1, round(seconds * rate)))
                     for have, start, rate in zip(done, starts, rates, strict=True)
                 ]
-                yield [np.full(n, np.nan) for n in fill]
+                yield wanted([np.full(n, np.nan) for n in fill])
                 done = [have + n for have, n in zip(done, fill, strict=True)]
-            for first in range(run.first, run.first + run.records, step):
+            missed = min(
+                max(0, count - have) // n
+                for count, have, n in zip(skip, done, lengths, strict=True)
+            )
+            missed = min(missed, run.records)  # whole records before the first sample wanted
+            done = [have + missed * n for have, n in zip(done, lengths, strict=True)]
+            for first in range(run.first + missed, run.first + run.records, step):
                 records = min(step, run.first + run.records - first)
                 signals = self._read_records(first, records).signals
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # uncalibrated channels: noted at opening
                     block = [np.array(signals[c].data, dtype=np.float64) for c in channels]
-                yield block
+                yield wanted(block)
                 done = [have + data.size for have, data in zip(done, block, strict=True)]
 
 

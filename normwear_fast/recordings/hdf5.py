@@ -81,20 +81,26 @@ class Hdf5Recording(ArrayRecording):
             shape = (0,)
         if dataset.dtype.kind not in "iufb" or not math.prod(shape) > 0:
             return StoredArray(place, _NotRead(dataset, shape), as_plain(dataset.attrs))
+        chunk = 1 if dataset.chunks is None else dataset.chunks[-1]
+        return StoredArray(
+            place, dataset, as_plain(dataset.attrs), chunk, lambda: self._check(dataset, place)
+        )
+
+    def _check(self, dataset: Any, place: str) -> None:
         if dataset.external or dataset.is_virtual:
             raise RecordingError(
                 f"{self.path}: {place} is stored in other files; data in the file itself is right"
             )
-        size = math.prod(shape) * dataset.dtype.itemsize
-        stored = dataset.id.get_storage_size()
+        shape, item = dataset.shape, dataset.dtype.itemsize
         if dataset.chunks is None:
+            size, stored = math.prod(shape) * item, dataset.id.get_storage_size()
             if stored != size:
                 raise RecordingError(
                     f"{self.path}: {place} declares {dataset.dtype} {shape}, {size} bytes; "
                     f"{stored} are stored"
                 )
-            return StoredArray(place, dataset, as_plain(dataset.attrs))
-        check_storage(self.path, place, shape, dataset.dtype.itemsize, math.prod(dataset.chunks))
+            return
+        check_storage(self.path, place, shape, item, math.prod(dataset.chunks))
         chunks = math.prod(
             -(-length // chunk) for length, chunk in zip(shape, dataset.chunks, strict=True)
         )
@@ -104,7 +110,6 @@ class Hdf5Recording(ArrayRecording):
                 f"{self.path}: {place} declares {chunks} chunks for shape {shape}; {there} are "
                 f"stored: an interrupted writer's file"
             )
-        return StoredArray(place, dataset, as_plain(dataset.attrs), dataset.chunks[-1])
 
 
 class _NotRead:

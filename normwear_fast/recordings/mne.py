@@ -86,9 +86,9 @@ class _Raw(Recording):
         bad = sum(name.lower().startswith("bad") and name != _SKIP for name in names)
         if bad:
             self.notes += (f"{bad} stretches marked bad in the file are read as they are",)
-        missing = float(raw.annotations.duration[skips].sum())
-        if skips:
-            self.notes += (f"{len(skips)} gaps, {missing:.3g} s in all, are missing samples",)
+        gaps, missing = _union(raw.annotations.onset[skips], raw.annotations.duration[skips])
+        if gaps:
+            self.notes += (f"{gaps} gaps, {missing:.3g} s in all, are missing samples",)
         if raw.n_times > max(1e7, 1000 * (raw.n_times - missing * rate)):
             raise RecordingError(
                 f"{self.path}: {raw.n_times / rate / 86400:.3g} days, almost all of them a gap; "
@@ -116,6 +116,16 @@ class _Raw(Recording):
             yield list(data)
 
 
+def _union(onsets: Array, durations: Array) -> tuple[int, float]:
+    """How many stretches, and their seconds together; mne may list one twice."""
+    gaps, total, end = 0, 0.0, -np.inf
+    for onset, duration in sorted(zip(onsets.tolist(), durations.tolist(), strict=True)):
+        gaps += onset > end
+        total += max(0.0, onset + duration - max(onset, end))
+        end = max(end, onset + duration)
+    return gaps, total
+
+
 class _quiet(warnings.catch_warnings):
     """mne's warnings, collected; none of them reaches the user's screen."""
 
@@ -135,33 +145,23 @@ class MneRecording(PartedRecording):
         import mne
 
         self.path = path
-        self._raws: list[Any] = []
         with refusing(path), _quiet() as caught:
             self._check(path)
-            for arguments in self._arguments():
-                raw = self._reader(mne)(
-                    os.path.abspath(path), preload=False, verbose="ERROR", **arguments
-                )
-                self._raws.append(raw)
-                self._check_raw(raw)
-            parts = [_Raw(path, raw) for raw in self._raws]
+            self._raw = self._reader(mne)(os.path.abspath(path), preload=False, verbose="ERROR")
+            self._check_raw(self._raw)
+            whole = _Raw(path, self._raw)
         for text in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
             if "naming conventions" not in text and "deprecat" not in text.lower():
                 self.notes += (f"mne: {text[:200]}",)
-        self.start_time = parts[0].start_time
-        self._combine(parts, [0.0] * len(parts))
+        self.start_time = whole.start_time
+        self._combine([whole], [0.0])
         check_rate(path, sampling_rate, (channel.sampling_rate for channel in self.channels))
 
     def close(self) -> None:
-        for raw in self._raws:
-            raw.close()
+        self._raw.close()
 
     def _reader(self, mne: Any) -> Callable[..., Any]:
         return mne.io.read_raw
-
-    def _arguments(self) -> list[dict[str, Any]]:
-        """Of each call of the reader: one, or one a rate."""
-        return [{}]
 
     def _check(self, path: Path) -> None:
         """Before mne sees the file."""
@@ -172,8 +172,9 @@ class MneRecording(PartedRecording):
 
 # ---------------------------------------------------------------- FIF
 
-_FIF_NEXT_NAME, _FIF_NEXT_NUMBER = 118, 119  # FIFF_REF_FILE_NAME, FIFF_REF_FILE_NUM
-_FIF_DIRECTORY, _FIF_DIRECTORY_ENTRIES = 101, 102
+# FIFF_REF_ROLE (2: the file goes on in what follows), FIFF_REF_FILE_NUM, FIFF_REF_FILE_NAME
+_FIF_ROLE, _FIF_GOES_ON, _FIF_NUMBER, _FIF_NAME = 115, 2, 117, 118
+_FIF_DIRECTORY = 102
 
 
 def _fif_tags(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -196,7 +197,7 @@ def _fif_tags(path: Path) -> Iterator[tuple[int, int, int]]:
                     f"{size - place - 16} more"
                 )
             yield kind, place + 16, length
-            if kind == _FIF_DIRECTORY_ENTRIES:
+            if kind == _FIF_DIRECTORY:
                 file.seek(place + 16)
                 entries = np.frombuffer(file.read(length // 16 * 16), ">i4").reshape(-1, 4)
                 ends = entries[:-1, 3].astype(np.int64) + 16 + entries[:-1, 2]
@@ -218,18 +219,24 @@ def _fif_chain(path: Path) -> list[Path]:
         if following in chain:
             raise RecordingError(f"{path}: is split into files that refer to each other in a ring")
         chain.append(following)
-        current, following, numbered = following, None, False
+        current, following, numbered, goes_on = following, None, False, False
         for kind, place, length in _fif_tags(current):
-            if kind == _FIF_NEXT_NAME:
-                with current.open("rb") as file:
-                    file.seek(place)
-                    name = file.read(min(length, 4096)).decode("latin-1").strip("\0")
+            if kind not in (_FIF_ROLE, _FIF_NAME, _FIF_NUMBER):
+                continue
+            with current.open("rb") as file:
+                file.seek(place)
+                content = file.read(min(length, 4096))
+            if kind == _FIF_ROLE:
+                goes_on = int.from_bytes(content, "big") == _FIF_GOES_ON
+            elif kind == _FIF_NUMBER:
+                numbered |= goes_on
+            elif goes_on:
+                name = content.decode("latin-1").strip("\0")
                 if os.path.basename(name) != name or name in ("", ".", ".."):
                     raise RecordingError(
                         f"{current}: goes on in {name!r}; a file of the same folder is right"
                     )
                 following = current.with_name(name)
-            numbered |= kind == _FIF_NEXT_NUMBER
         if following is None and numbered:
             raise RecordingError(f"{current}: goes on in a file that it does not name")
         if following is not None and not following.is_file():
@@ -428,7 +435,7 @@ _GDF_BYTES = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8, 279:
 
 @register(".gdf")
 class GdfRecording(MneRecording):
-    """A GDF file of version 1 or 2. Channels of one rate are opened together: mne would resample."""
+    """A GDF file of version 1 or 2, all channels at one rate."""
 
     format = "GDF"
 
@@ -459,9 +466,6 @@ class GdfRecording(MneRecording):
             body = file.read(256 * channels)
             lengths = np.frombuffer(body, "<i4", channels, 216 * channels).astype(np.int64)
             kinds = np.frombuffer(body, "<i4", channels, 220 * channels).tolist()
-            names = [
-                body[16 * i : 16 * i + 16].decode("latin-1").rstrip("\0 ") for i in range(channels)
-            ]
             unknown = [kind for kind in kinds if kind not in _GDF_BYTES]
             if unknown or (lengths <= 0).any() or not all(duration):
                 raise RecordingError(
@@ -476,11 +480,12 @@ class GdfRecording(MneRecording):
                     f"{size}"
                 )
             self._check_events(path, file, end, size, float(match[1]))
-        self._names: dict[int, list[str]] = {}
-        for name, length in zip(names, lengths.tolist(), strict=True):
-            self._names.setdefault(length, []).append(name)
-        if len(self._names) > 1 and len({*names}) < len(names):
-            raise RecordingError(f"{path}: has two channels of one name, and several rates")
+        rates = sorted({n * duration[1] / duration[0] for n in lengths.tolist()})
+        if len(rates) > 1:  # mne brings them to one, with artefacts at the ends of every block
+            raise RecordingError(
+                f"{path}: has channels at {', '.join(f'{rate:g}' for rate in rates)} Hz; one rate, or "
+                f"an EDF file, is right"
+            )
 
     def _check_events(self, path: Path, file: Any, end: int, size: int, version: float) -> None:
         """The table of events behind the data: mne makes room for as many as it declares."""
@@ -502,11 +507,6 @@ class GdfRecording(MneRecording):
             raise RecordingError(
                 f"{path}: declares {count} events, {needed} bytes; the file has {size - end - 8} more"
             )
-
-    def _arguments(self) -> list[dict[str, Any]]:
-        if len(self._names) == 1:
-            return [{}]
-        return [{"include": names} for names in self._names.values()]
 
 
 # ---------------------------------------------------------------- what else mne.io.read_raw knows

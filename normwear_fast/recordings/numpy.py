@@ -103,10 +103,15 @@ class NpyRecording(Recording):
         )
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        return self._blocks_after(channels, seconds, [0] * len(channels))
+
+    def _blocks_after(
+        self, channels: list[int], seconds: float, skip: list[int]
+    ) -> Iterator[list[Array]]:
         data = np.load(self.path, mmap_mode="r", allow_pickle=False)
         data = data.reshape(-1, data.shape[-1])
         step = max(1, round(seconds * self.channels[0].sampling_rate))
-        for start in range(0, data.shape[1], step):
+        for start in range(skip[0], data.shape[1], step):  # one rate: skipped alike
             yield [_finite(data[c, start : start + step]) for c in channels]
 
 

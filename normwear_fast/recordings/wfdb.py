@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, reason, register
+from normwear_fast.recordings.base import (
+    Array,
+    Channel,
+    Recording,
+    check_rate,
+    reason,
+    register,
+    without_first,
+)
 
 # Bytes a sample takes in a signal file, https://physionet.org/physiotools/wag/signal-5.htm
 _BYTES = {
@@ -213,9 +221,24 @@ class WfdbRecording(Recording):
         return places
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        return self._blocks_from(channels, seconds, 0)
+
+    def _blocks_after(
+        self, channels: list[int], seconds: float, skip: list[int]
+    ) -> Iterator[list[Array]]:
+        sums = any(s.storage == "8" for segment in self._segments for s in segment.signals)
+        per_frame = [self._per_frame[c] for c in channels]
+        first = min(count // each for count, each in zip(skip, per_frame, strict=True))
+        first = 0 if sums else first  # differences add up from the very beginning
+        rest = [count - first * each for count, each in zip(skip, per_frame, strict=True)]
+        return without_first(self._blocks_from(channels, seconds, first), rest)
+
+    def _blocks_from(
+        self, channels: list[int], seconds: float, first: int
+    ) -> Iterator[list[Array]]:
         step = max(1, round(seconds * self._rate))
         carry: dict[tuple[int, int], float] = {}
-        for start in range(0, self._frames, step):
+        for start in range(first, self._frames, step):
             stop = min(start + step, self._frames)
             block = [np.full((stop - start) * self._per_frame[c], np.nan) for c in channels]
             for number, segment in enumerate(self._segments):

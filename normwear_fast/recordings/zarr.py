@@ -206,12 +206,17 @@ class ZarrRecording(ArrayRecording):
         )
         if tuple(opened.shape) != shape:
             raise RecordingError(f"{self.path}: {name} has shape {shape}; zarr has {opened.shape}")
-        if opened.dtype.kind in "iufb":
-            item = opened.dtype.itemsize
-            check_storage(self.path, name, shape, item, math.prod(chunk_shape))
-            self._check_chunks(files.count(place), shape, chunk_shape, opened, name, tree)
         chunk = chunk_shape[-1] if chunk_shape else 1
-        tree.arrays.append(StoredArray(name, opened, as_plain(attributes), chunk))
+        there = files.count(place)
+        tree.arrays.append(
+            StoredArray(
+                name,
+                opened,
+                as_plain(attributes),
+                chunk,
+                lambda: self._check_chunks(there, shape, chunk_shape, opened, name),
+            )
+        )
 
     def _json(self, files: _Files, name: str) -> dict[str, Any] | None:
         text = files.text(name)
@@ -254,9 +259,9 @@ class ZarrRecording(ArrayRecording):
         chunk_shape: tuple[int, ...],
         array: Any,
         name: str,
-        tree: Tree,
     ) -> None:
         """Zarr leaves out chunks that hold nothing but the fill value, so a few may be missing."""
+        check_storage(self.path, name, shape, array.dtype.itemsize, math.prod(chunk_shape))
         declared = math.prod(-(-n // chunk) for n, chunk in zip(shape, chunk_shape, strict=True))
         if 2 * there < declared:
             raise RecordingError(
@@ -264,7 +269,7 @@ class ZarrRecording(ArrayRecording):
                 f"stored: an interrupted writer's or copy's store"
             )
         if there < declared:
-            tree.notes.append(
+            self.notes += (
                 f"{declared - there} of {declared} chunks of {name} are not stored and hold its "
-                f"fill value, {array.fill_value}"
+                f"fill value, {array.fill_value}",
             )
