@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from normwear_fast.encode.prepare import Row
 
 MANIFEST = "manifest.json"
+PATCHES = "patches.zarr"
 MANIFEST_FORMAT = "normwear-fast encode"
 _MANIFEST_NAMES = {"schema", "version", "run", "state", "started", "settings", "model", "inputs"}
 METADATA_KEY = b"normwear_fast"
@@ -82,11 +84,11 @@ class Embedding:
         return pa.ListArray.from_arrays(offsets, items, mask=null)
 
 
-def schema(embedding: Embedding) -> pa.Schema:
-    """Columns of a part, one row a window."""
+def schema(embedding: Embedding | None) -> pa.Schema:
+    """Columns of a part, one row a window; no embedding where those are patches, in Zarr."""
     import pyarrow as pa
 
-    return pa.schema(
+    columns = pa.schema(
         [
             pa.field("recording", pa.string(), nullable=False),
             pa.field("window_id", pa.string(), nullable=False),
@@ -95,13 +97,15 @@ def schema(embedding: Embedding) -> pa.Schema:
             pa.field("channels", pa.list_(pa.string()), nullable=False),
             pa.field("status", pa.string(), nullable=False),
             pa.field("missing_fraction", pa.float64(), nullable=False),
-            pa.field("embedding", embedding.arrow_type()),
         ]
     )
+    if embedding is None:
+        return columns
+    return columns.append(pa.field("embedding", embedding.arrow_type()))
 
 
 def build_table(
-    rows: Sequence[Row], embeddings: Sequence[NDArray[np.float32] | None], form: Embedding
+    rows: Sequence[Row], embeddings: Sequence[NDArray[np.float32] | None], form: Embedding | None
 ) -> pa.Table:
     """The rows of a work unit."""
     import pyarrow as pa
@@ -114,15 +118,16 @@ def build_table(
         pa.array([list(row.channels) for row in rows], pa.list_(pa.string())),
         pa.array([row.status for row in rows], pa.string()),
         pa.array([row.missing_fraction for row in rows], pa.float64()),
-        form.array(embeddings),
     ]
+    if form is not None:
+        columns.append(form.array(embeddings))
     return pa.Table.from_arrays(columns, schema=schema(form))
 
 
 ROW_GROUP_BYTES = 16 * 2**20
 
 
-def encode_part(table: pa.Table, form: Embedding, metadata: Mapping[str, Any]) -> bytes:
+def encode_part(table: pa.Table, form: Embedding | None, metadata: Mapping[str, Any]) -> bytes:
     """A part as Parquet: embeddings byte-split under zstd, no dictionary; the rest as usual."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -135,7 +140,7 @@ def encode_part(table: pa.Table, form: Embedding, metadata: Mapping[str, Any]) -
         table.schema.with_metadata(described),
         compression="zstd",
         use_dictionary=["recording", "status", "channels.list.element"],
-        column_encoding={form.leaf: "BYTE_STREAM_SPLIT"},
+        column_encoding=None if form is None else {form.leaf: "BYTE_STREAM_SPLIT"},
         write_statistics=["recording", "window_id", "start_s", "duration_s", "status"],
     ) as writer:
         writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // per_row))
@@ -311,10 +316,12 @@ class OutputFolder:
         return parts
 
     def clear(self) -> None:
-        """Removes an earlier run: its parts first, then its manifest, and nothing else."""
+        """Removes an earlier run: its parts first, its manifest last, and nothing else."""
         with writing(self.path):
             for part in self.parts():
                 part.path.unlink()
+            if (self.path / PATCHES).is_dir():
+                shutil.rmtree(self.path / PATCHES)
             (self.path / MANIFEST).unlink(missing_ok=True)
             _sync_folder(self.path)
 
@@ -327,23 +334,47 @@ class OutputFolder:
         numbers = [int(found[1]) for name in self._names() if (found := _PART.fullmatch(name))]
         self._write(f"part-{max(numbers, default=-1) + 1:06d}.parquet", content)
 
-    def _write(self, name: str, content: bytes) -> None:
-        temporary = self.path / f".{name}.tmp"
+    def write_patches(self, files: Mapping[str, bytes]) -> None:
+        """Puts files in their order into the Zarr store; when this returns they survive a power cut.
+
+        Args:
+            files: content by path below the store. One that is there is replaced at once.
+        """
+        root = self.path / PATCHES
         with writing(self.path):
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path / name)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise
+            folders = {self.path}
+            for name, content in files.items():
+                path = root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _replace(path, content)
+                while path != self.path:
+                    path = path.parent
+                    folders.add(path)
+            for folder in folders:
+                _sync_folder(folder)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with writing(self.path):
+            _replace(self.path / name, content)
             _sync_folder(self.path)
             if self._made:
                 _sync_folder(self.path.parent)
                 self._made = []
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Makes ``path`` hold ``content``: whole or, after a kill, as it was before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from normwear_fast.errors import UsageError
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("none", "window", "recording"),
     "preprocess": ("reference", "none"),
-    "pool": ("mean", "cls"),
+    "pool": ("mean", "cls", "patch"),
     "channel_pool": ("keep", "mean", "concat"),
     "scalogram": ("conv", "scipy"),
 }
@@ -34,7 +34,7 @@ class EncodeSettings:
         channels: names to take, in this order; None for all of a recording.
         normalize: ``none``, or to zero mean and unit deviation per ``window`` or per ``recording``.
         preprocess: ``reference`` is how the pretraining data were made; ``none`` only resamples.
-        pool: over a channel's tokens: their ``mean``, or ``cls``.
+        pool: over a channel's tokens: their ``mean``, ``cls``, or ``patch`` for all of them (to Zarr).
         channel_pool: ``keep`` channels apart, ``mean`` over them, or ``concat`` them.
         precision: as `FastNormWear` takes it.
         scalogram: ``conv`` is the one pretraining used, ``scipy`` the other released one.
@@ -87,6 +87,11 @@ class EncodeSettings:
             raise UsageError(f"max_missing is {self.max_missing}; it must be between 0 and 1")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"rate is {self.rate} Hz; it must be above 0")
+        if self.pool == "patch" and self.channel_pool != "keep":
+            raise UsageError(
+                f"channel_pool {self.channel_pool!r} pools what pool 'patch' keeps: choose channel_pool "
+                "'keep' with it"
+            )
         if self.normalize == "recording" and self.preprocess == "reference":
             raise UsageError(
                 "normalize 'recording' has no effect under preprocess 'reference', which removes each "
