@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 # Workers of pytest-xdist share the cores: a BLAS that started all its threads in each would be
-# several times slower. Set before NumPy and torch read it.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# several times slower. Only in the workers, which inherit the controller's environment, and before
+# NumPy and torch read it.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
