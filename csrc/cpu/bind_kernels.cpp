@@ -63,6 +63,7 @@ std::unique_ptr<Matrix> pack(const Kernels& set, uintptr_t weight, int64_t n, in
     const auto op = static_cast<Operand>(operand);
     const int64_t per_word = op == Operand::int8 ? 4 : op == Operand::bfloat16 ? 2 : 1;
     const int64_t words = ((k + per_word - 1) / per_word + 3) / 4 * 4, panels = (n + set.lanes - 1) / set.lanes;
+    if (chunk < 1 || (chunk < k && chunk % 16)) throw std::invalid_argument("a chunk must be a multiple of 16");
     auto m = std::make_unique<Matrix>();
     m->set = &set;
     m->data = aligned<std::uint32_t>(panels * words * set.lanes);

@@ -18,7 +18,7 @@ struct Packed {
     std::int64_t n, k;
     std::int64_t words;    // 32-bit words of k, padded to a multiple of 4
     std::int64_t panels;   // of outputs
-    std::int64_t chunk;    // int8: columns that share one activation scale a row; else k
+    std::int64_t chunk;    // int8: columns that share one activation scale a row, a multiple of 16; or k
     const std::uint32_t* data;
     const float* scale;    // int8: (panels * lanes) of each output
     const float* sums;     // int8: (chunks, panels * lanes), scale times the sum of each chunk's weights

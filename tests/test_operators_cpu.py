@@ -1,0 +1,522 @@
+"""Every CPU backend against the definition in float64, on every instruction set the processor has."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ENCODER_GOLDENS, golden, golden_config, recipe_state_dict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from normwear_fast import _native, backends, native, operators
+from normwear_fast.backends import TORCH
+from normwear_fast.config import NormWearConfig
+from normwear_fast.engine import Engine
+from normwear_fast.errors import UsageError
+from normwear_fast.folding import fold
+from normwear_fast.model import FastNormWear
+from normwear_fast.packing import Layout, Segments
+from normwear_fast.reference import ReferenceNormWear
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+NATIVE = _native.load()[0] is not None
+EPS = 1e-6
+
+
+def has(name: str) -> pytest.MarkDecorator:
+    missing = name != "torch" and name not in native.instruction_sets()
+    return pytest.mark.skipif(missing, reason=f"not run: this build or processor has no {name}")
+
+
+NAMES = [pytest.param(name, marks=has(name)) for name in native.INSTRUCTION_SETS]
+BACKENDS = [pytest.param("torch"), *NAMES]
+
+
+def get(name: str) -> backends.Backend:
+    return TORCH if name == "torch" else native.backend(name)
+
+
+def kernels(name: str):
+    module = _native.load()[0]
+    assert module is not None
+    return module.kernels(name)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+def draw(rng, *shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
+    values = torch.from_numpy((scale * rng.standard_normal(shape)).astype(np.float32))
+    return values.to(dtype)
+
+
+def strided(x: torch.Tensor, extra: int = 5) -> torch.Tensor:
+    """The same rows inside a wider matrix of NaN."""
+    wide = torch.full((x.shape[0], x.shape[1] + extra), float("nan"), dtype=x.dtype)
+    wide[:, 2 : 2 + x.shape[1]] = x
+    return wide[:, 2 : 2 + x.shape[1]]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Within ``tolerance`` in float32; bfloat16 results may also round: 2^-8 of the value."""
+    assert torch.isfinite(got).all()
+    bound = torch.full_like(expected, tolerance)
+    if got.dtype == torch.bfloat16:
+        bound = bound + 2**-8 * expected.abs()
+    worst = ((got.double() - expected).abs() - bound).max()
+    assert worst <= 0, f"{float(worst):.3g} over a tolerance of {tolerance:g}"
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+# --- row by row --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 36, 128, 768, 771])
+def test_residual_norm(name, dtype, width, rng):
+    rows = int(rng.integers(1, 40))
+    for carried in (None, draw(rng, width)):
+        for update in (None, draw(rng, rows, width), strided(draw(rng, rows, width, dtype=dtype))):
+            residual = draw(rng, rows, width, scale=3.0) + 2.0
+            exact = residual.double()
+            wide = None if carried is None else carried.double()
+            pending = None if update is None else update.double()
+            expected = operators.residual_norm(exact, wide, EPS, update=pending)
+            out = strided(torch.full((rows, width), float("nan"), dtype=dtype))
+            got = get(name).residual_norm(residual, carried, EPS, update=update, out=out)
+            # The width-1 norm divides nothing by sqrt(eps): rounding is magnified by 1000.
+            close(got, expected, 2e-3 if width == 1 else 1e-5)
+            assert got.dtype == dtype
+            close(residual, exact, 2e-6)  # the update arrived in the residual
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 5, 16, 100, 3072])
+def test_bias_gelu(name, dtype, width, rng):
+    x, bias = strided(draw(rng, 9, width, dtype=dtype, scale=3.0)), draw(rng, width)
+    expected = torch.nn.functional.gelu(x.double() + bias.double())
+    get(name).bias_gelu(x, bias)
+    close(x, expected, 1e-6 if dtype == torch.float32 else 4e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_erf_over_a_dense_grid(name):
+    """An erf off by 2e-7 would put gelu off by |x| 1e-7."""
+    x = torch.linspace(-14, 14, 2_000_001).view(1, -1)
+    got = x.clone()
+    native.backend(name).bias_gelu(got, torch.zeros(x.shape[1]))
+    wide = x.double()
+    error = (got.double() - 0.5 * wide * torch.special.erfc(-wide / 2**0.5)).abs()
+    assert (error <= 1e-7 * wide.abs() + 1e-12).all()
+    special = torch.tensor([[float("nan"), float("inf"), -1e30, 0.0]])
+    native.backend(name).bias_gelu(special, torch.zeros(4))
+    assert special[0, 0].isnan()
+    assert special[0, 1] == float("inf")
+    assert abs(float(special[0, 2])) < 1e-20
+    assert special[0, 3] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantise_rows(name, dtype, rng):
+    x = strided(draw(rng, 20, 101, dtype=dtype, scale=4.0))
+    x[3] = 1.5  # a constant row has scale 0
+    q, scale, offset = native.quantise_rows(kernels(name), x)
+    back = q.double() * scale.double()[:, None] + offset.double()[:, None]
+    assert ((back - x.double()).abs() <= 0.5001 * scale.double()[:, None] + 1e-6).all()
+    assert q[0].min() == 0
+    assert q[0].max() == 255
+    bias = draw(rng, 101)
+    q, scale, offset = native.quantise_rows(kernels(name), x, bias)
+    back = q.double() * scale.double()[:, None] + offset.double()[:, None]
+    expected = torch.nn.functional.gelu(x.double() + bias.double())
+    assert ((back - expected).abs() <= 0.5001 * scale.double()[:, None] + 1e-6).all()
+
+
+def ragged(rng, most: int = 60, count: int = 5) -> Segments:
+    return Segments([int(n) for n in rng.integers(1, most, count)], CPU)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("pool", ["mean", "cls", "patch"])
+@pytest.mark.parametrize("width", [7, 128])
+def test_pool_norm(name, pool, width, rng):
+    sequences = ragged(rng)
+    residual, carried = draw(rng, sequences.total, width) + 1.0, draw(rng, width)
+    weight, bias = draw(rng, width), draw(rng, width)
+    for update in (None, draw(rng, sequences.total, width, dtype=torch.bfloat16)):
+        wide = [t.double() for t in (residual, carried, weight, bias)]
+        pending = None if update is None else update.double()
+        expected = operators.pool_norm(*wide, 1e-5, sequences, pool, update=pending)
+        arguments = (residual, carried, weight, bias, 1e-5, sequences, pool)
+        close(get(name).pool_norm(*arguments, update=update), expected, 2e-5)
+
+
+# --- attention ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size"), [(2, 64), (3, 12), (2, 7), (1, 80)])
+def test_channel_attention(name, dtype, heads, size, rng):
+    width = heads * size
+    if name == "torch" and dtype == torch.bfloat16 and size == 7:
+        pytest.skip("a bfloat16 row of 7 is not one torch's kernels all take")
+    keys = Segments([1, 14, int(rng.integers(2, 90)), 300], CPU)
+    qkv = draw(rng, keys.total, 3 * width, dtype=dtype, scale=0.5)
+    for queries in (keys, Segments([1] * len(keys), CPU), Segments([3, 0, 29, 15], CPU)):
+        query = strided(draw(rng, queries.total, width, dtype=dtype))
+        if 0 in queries.lengths and name == "torch":
+            continue
+        expected = torch.cat(
+            [
+                operators.channel_attention(
+                    query[queries.bounds[i] : queries.bounds[i + 1]].double(),
+                    qkv[keys.bounds[i] : keys.bounds[i + 1], width:].double(),
+                    Segments([queries.lengths[i]], CPU),
+                    Segments([keys.lengths[i]], CPU),
+                    heads,
+                )
+                for i in range(len(keys))
+                if queries.lengths[i]
+            ]
+        )
+        out = torch.full(query.shape, float("nan"), dtype=dtype)
+        got = get(name).channel_attention(query, qkv[:, width:], queries, keys, heads, out=out)
+        close(got, expected, 5e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_of_large_scores(name, rng):
+    """Scores of thousands: the softmax is a choice, not an overflow."""
+    keys = Segments([70], CPU)
+    query, key_value = draw(rng, 70, 16, scale=100.0), draw(rng, 70, 32, scale=100.0)
+    expected = operators.channel_attention(query.double(), key_value.double(), keys, keys, 1)
+    close(native.backend(name).channel_attention(query, key_value, keys, keys, 1), expected, 2e-2)
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+@pytest.mark.parametrize(
+    ("width", "patch", "scales"),
+    [(36, (9, 5), 65), (128, (9, 5), 65), (20, (4, 13), 65), (16, (7, 1), 9)],
+)
+def test_tokenize(name, method, width, patch, scales, rng):
+    config = NormWearConfig(
+        embed_dim=width, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=0,
+        patch_size=patch, num_scales=scales, grid_rows=6,
+    )  # fmt: skip
+    shapes = [(2, 390), (1, 11), (1, 12), (3, int(rng.integers(13, 200))), (1, 700)]
+    layout = Layout(shapes, method, config, CPU)
+    counts = tuple(sorted(set(layout.sequences.lengths)))
+    engine = Engine(
+        fold(ReferenceNormWear(config, decoder=False), torch.float32), config, method, TORCH
+    )
+    tokenizer = engine.tokenizer(counts)
+    series = draw(rng, layout.samples.total)
+    exact = operators.Tokenizer(**(vars(tokenizer) | {"prepared": {}}))
+    exact.patch_weight = tokenizer.patch_weight.double()
+    exact.templates = tokenizer.templates.double()
+    expected = torch.full((layout.sequences.total, width), float("nan"), dtype=torch.float64)
+    operators.tokenize(expected, series, layout.samples, layout.sequences, exact)
+    residual = torch.full((layout.sequences.total, width), float("nan"))
+    get(name).tokenize(residual, series, layout.samples, layout.sequences, tokenizer)
+    close(residual, expected, 2e-6 * float(expected.abs().max()))
+
+
+# --- products ----------------------------------------------------------------------------------------
+
+
+def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=False, gelu=False,
+            start=None, threads=1):  # fmt: skip
+    k = kernels(name)
+    packed = native._pack(k, w, native.OPERANDS[precision], chunk)
+    c = torch.full((len(a), len(w)), float("nan")) if start is None else start.clone()
+    k.linear(
+        a=native._view(a), standardise=norm, carried=native._address(carried), eps=EPS,
+        weight=packed, bias=native._address(bias), gelu=gelu, accumulate=start is not None,
+        c=native._view(c), rows=len(a), threads=threads,
+    )  # fmt: skip
+    return c
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (53, 37), (128, 768), (96, 1600)])
+def test_linear(name, precision, n, k, rng):
+    """Relative to the operands' rounding: 2^-9 for bfloat16, half a step for int8."""
+    for rows in (1, 2, 13, int(rng.integers(15, 130))):
+        a, w = strided(draw(rng, rows, k)), draw(rng, n, k, scale=k**-0.5)
+        bias, start = draw(rng, n), draw(rng, rows, n)
+        tolerance = {"float32": 2e-6, "bfloat16": 2.5e-2, "int8": 0.15}[precision]
+        got = product(name, a, w, precision, chunk=704 if k > 704 else None, bias=bias, start=start)
+        exact = a.double() @ w.double().T
+        close(got, exact + bias.double() + start.double(), tolerance * max(1.0, exact.abs().max()))
+        if k == 1:
+            continue
+        carried = draw(rng, k)
+        got = product(name, a, w, precision, bias=bias, carried=carried, norm=True, gelu=True)
+        normed = torch.nn.functional.layer_norm((a + carried).double(), (k,), eps=EPS)
+        expected = torch.nn.functional.gelu(normed @ w.double().T + bias.double())
+        close(got, expected, tolerance * max(1.0, exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_never_saturates(name):
+    """Every activation 255 and every weight at its largest, all of one sign: 16-bit sums would clip,
+    and so would 32-bit ones of more than 66,000 inputs."""
+    k = 3072
+    for sign in (1.0, -1.0):
+        a = torch.ones(3, k)
+        a[:, 0] = 0.0  # so that the row's range is 0..1 and 1 becomes 255
+        w = torch.full((40, k), sign)
+        got = product(name, a, w, "int8", chunk=k)
+        assert (got - sign * (k - 1)).abs().max() < 1e-3 * k
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_row_depends_on_itself_alone(name, precision, rng):
+    """The same bits alone, in any batch and on any number of threads: what a resumed run needs."""
+    a, w = draw(rng, 200, 128), draw(rng, 96, 128)
+    whole = product(name, a, w, precision)
+    for rows, threads in ((1, 1), (7, 2), (99, 3), (200, 2)):
+        assert torch.equal(
+            product(name, a[-rows:].contiguous(), w, precision, threads=threads), whole[-rows:]
+        )
+
+
+@pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
+def test_a_chunk_that_cuts_a_packing_step_is_refused():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        native._pack(kernels("portable"), torch.zeros(8, 100), native.OPERANDS["int8"], 50)
+
+
+def test_a_matrix_of_another_instruction_set_is_refused():
+    names = native.instruction_sets()
+    if len(names) < 2:
+        pytest.skip("not run: one instruction set only")
+    w = native._pack(kernels(names[0]), torch.zeros(8, 8), 0)
+    a = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match="another instruction set"):
+        kernels(names[1]).linear(
+            a=native._view(a), standardise=False, carried=0, eps=0.0, weight=w, bias=0,
+            gelu=False, accumulate=False, c=native._view(a.clone()), rows=2, threads=1,
+        )  # fmt: skip
+
+
+# --- the encoder -------------------------------------------------------------------------------------
+
+TINY = NormWearConfig(embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16, decoder_depth=0)
+
+
+def encoder(monkeypatch, name: str, config: NormWearConfig, precision: str, method: bool = True):
+    monkeypatch.setitem(backends.BACKENDS, "native", lambda: native.backend(name))
+    model = FastNormWear(method, config=config, precision=precision, backend="native")
+    return model.requires_grad_(False)
+
+
+GOLDEN_LIMITS = {"bfloat16": (0.999, 0.995), "int8": (0.998, 0.995)}
+
+
+@pytest.fixture(scope="module")
+def golden_weights():
+    known = {}
+
+    def load(model, arrays):
+        key = (str(arrays["config"]), int(arrays["weight_seed"]))
+        if key not in known:
+            known[key] = recipe_state_dict(model.state_dict(), key[1])
+        model.load_state_dict(known[key])
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("file", [f for f in ENCODER_GOLDENS if "base" not in f or "L128" in f])
+def test_golden(name, file, monkeypatch, golden_weights):
+    arrays = golden(file)
+    base = "base" in file
+    if base and name != native.instruction_sets()[0]:
+        pytest.skip(
+            "not run: the base model runs on the best instruction set, the small one on all"
+        )
+    config = golden_config(arrays)
+    model = encoder(monkeypatch, name, config, "float32", "scipy" not in file)
+    golden_weights(model, arrays)
+    x = torch.from_numpy(arrays["x"])
+    for precision in ("float32", "bfloat16", "int8"):
+        model.precision = precision
+        out = model(x).double()
+        key = "out_rows" if base else "out"
+        got = out[:, :, torch.from_numpy(arrays["rows"]).long()] if base else out
+        expected = torch.from_numpy(arrays[key]).double()
+        assert torch.isfinite(out).all()
+        if precision == "float32":
+            assert (got - expected).abs().max() < (1e-4 if base else 2e-5)
+            continue
+        cosine = torch.nn.functional.cosine_similarity(got, expected, dim=-1)
+        mean, worst = GOLDEN_LIMITS[precision]
+        assert cosine.mean() >= mean
+        assert cosine.min() >= worst
+
+
+@pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_fuzz_ragged_windows_against_the_plain_backend(data):
+    name = data.draw(st.sampled_from(native.instruction_sets()))
+    method = data.draw(st.booleans())
+    shapes = data.draw(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(11, 150)), min_size=1, max_size=6)
+    )
+    pool = data.draw(st.sampled_from(["mean", "cls", "patch"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    windows = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    plain = FastNormWear(method, config=TINY, precision="float32", backend="torch")
+    with pytest.MonkeyPatch.context() as patch:
+        fast = encoder(patch, name, TINY, "float32", method)
+        got = fast.encode_unit(windows, pool=pool, batch_tokens=2_000)
+    for mine, expected in zip(got, plain.encode_unit(windows, pool=pool), strict=True):
+        assert mine.shape == expected.shape
+        assert np.abs(mine - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_same_bits_in_any_company_and_on_any_threads(name, precision, monkeypatch, rng):
+    model = encoder(monkeypatch, name, TINY, precision)
+    windows = [rng.standard_normal((2, n)).astype(np.float32) for n in (60, 390, 60, 130)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        together = model.encode_unit(windows)
+        torch.set_num_threads(2)
+        again = model.encode_unit(windows)
+        alone = [model.encode_unit([window])[0] for window in windows]
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(together, again, alone, strict=True):
+        assert np.array_equal(a, b)
+        assert np.array_equal(a, c)
+
+
+def test_a_float64_model_takes_the_definition():
+    model = FastNormWear(config=TINY).double().requires_grad_(False)
+    x = torch.randn(1, 2, 60, dtype=torch.float64)
+    plain = FastNormWear(config=TINY, backend="torch").double().requires_grad_(False)
+    assert (model(x) - plain(x)).abs().max() < 1e-12
+
+
+def test_choice_of_backend(monkeypatch):
+    if NATIVE:
+        assert backends.select_backend("auto", CPU).name == "native"
+        assert "normwear-fast" in FastNormWear(config=TINY).provenance()["blas"]
+        monkeypatch.setenv("NORMWEAR_FAST_ISA", "portable")
+        assert native.backend.__wrapped__().blas == "normwear-fast portable"
+        monkeypatch.setenv("NORMWEAR_FAST_ISA", "mmx")
+        with pytest.raises(UsageError, match=r"mmx.*portable"):
+            native.backend.__wrapped__()
+    with pytest.raises(UsageError, match="runs on cpu only"):
+        backends.select_backend("native", torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"int8.*native"):
+        FastNormWear(config=TINY, precision="int8", backend="torch").encode(np.ones((1, 1, 60)))
+    monkeypatch.setattr(_native, "load", lambda: (None, "it was not built"))
+    native.backend.cache_clear()
+    try:
+        assert backends.select_backend("auto", CPU) is TORCH
+        with pytest.raises(UsageError, match="it was not built"):
+            backends.select_backend("native", CPU)
+    finally:
+        native.backend.cache_clear()
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+SANITISED = """
+import importlib.util, sys, pytest, normwear_fast
+spec = importlib.util.spec_from_file_location("normwear_fast._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["normwear_fast._C"] = normwear_fast._C = module
+code = pytest.main([sys.argv[2], "-q", "-s", "-x", "-p", "no:cacheprovider", "-k", "not golden"])
+sys.exit(int(code))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_no_access_outside_the_buffers(tmp_path):
+    """The native operators' tests once more, compiled with the address and behaviour sanitisers."""
+    flags = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-O1",
+        "-g1",
+        "-fPIC",
+    ]
+    asan = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+    if not os.path.isabs(asan):
+        pytest.skip("g++ has no libasan")
+    import pybind11
+
+    setup = {}
+    text = (ROOT / "setup.py").read_text()
+    for line in ("AVX512", "AVX2"):
+        setup[line] = next(row for row in text.splitlines() if row.startswith(f"{line} = "))
+    scope: dict[str, list[str]] = {}
+    exec("\n".join(setup.values()), scope)
+    sets = {
+        "portable": [],
+        "avx2": scope["AVX2"],
+        "avx512": scope["AVX2"] + scope["AVX512"],
+        "avx512bf16": [*scope["AVX2"], *scope["AVX512"], "-mavx512bf16"],
+    }
+    (tmp_path / "build_info.h").write_text(
+        "".join(
+            f'#define NORMWEAR_{n} ""\n' for n in ("BUILD_ID", "PYTHON_ID", "COMPILER", "FLAGS")
+        )
+    )
+    include = [tmp_path, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    jobs, objects = [], []
+    for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        command = ["g++", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-DNORMWEAR_X86", *flags]
+        command += sets.get(source.stem.removeprefix("kernels_"), [])
+        command += [f"-I{folder}" for folder in include] + ["-c", str(source), "-o", objects[-1]]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        assert job.wait() == 0, job.stderr.read() if job.stderr else shlex.join(job.args)
+    library = tmp_path / "_C.so"
+    subprocess.run(["g++", "-shared", "-fopenmp", *flags, *objects, "-o", str(library)], check=True)
+    environment = os.environ | {
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", SANITISED, str(library), str(Path(__file__))]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
