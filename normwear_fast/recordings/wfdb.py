@@ -47,6 +47,10 @@ _BYTES = {
 _FLAC = {"508", "516", "524"}
 _NULL = "0"  # a signal that is declared and not stored
 
+READ_VALUES = 1 << 20
+"""Samples read at a time, 8 MB: wfdb parses the header at every read, which takes 15 ms, as long as
+reading and preparing ten windows of a channel."""
+
 
 def _segments_of(header: Path) -> Iterable[Path]:
     """The headers that a multi-segment header puts together: not recordings of their own."""
@@ -237,9 +241,11 @@ class WfdbRecording(Recording):
         self, channels: list[int], seconds: float, first: int
     ) -> Iterator[list[Array]]:
         step = max(1, round(seconds * self._rate))
+        per_frame = [self._per_frame[c] for c in channels]
+        at_once = step * max(1, READ_VALUES // (step * sum(per_frame)))
         carry: dict[tuple[int, int], float] = {}
-        for start in range(first, self._frames, step):
-            stop = min(start + step, self._frames)
+        for start in range(first, self._frames, at_once):
+            stop = min(start + at_once, self._frames)
             block = [np.full((stop - start) * self._per_frame[c], np.nan) for c in channels]
             for number, segment in enumerate(self._segments):
                 low = max(start, segment.start)
@@ -253,7 +259,6 @@ class WfdbRecording(Recording):
                     continue
                 data = _read_frames(segment, set(wanted.values()), low, high)
                 for row, place in wanted.items():
-                    per_frame = self._per_frame[channels[row]]
                     part = data[place]
                     signal = segment.signals[place]
                     if signal.storage == "8":
@@ -262,9 +267,13 @@ class WfdbRecording(Recording):
                         if (number, row) in carry:
                             part = part + (carry[number, row] - signal.first)
                         carry[number, row] = float(part[-1])
-                    at = (low - start) * per_frame
+                    at = (low - start) * per_frame[row]
                     block[row][at : at + part.size] = part
-            yield block
+            for low in range(0, stop - start, step):
+                yield [
+                    row[low * each : (low + step) * each]
+                    for row, each in zip(block, per_frame, strict=True)
+                ]
 
 
 def _read_header(path: Path) -> Any:
