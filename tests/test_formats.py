@@ -379,6 +379,29 @@ def test_zarr_codecs_that_run_code(tmp_path: Path) -> None:
     refused(path, "codec 'pickle'")
 
 
+@pytest.mark.parametrize("form", ["blosc", "zstd", "shards"])
+def test_zarr_chunks_cut_short(tmp_path: Path, form: str) -> None:
+    """numcodecs takes some of these, and gives back memory that nobody wrote."""
+    data = signal(2, 600, np.float32)
+    shards = (2, 300) if form == "shards" else None
+    root = zarr.create_array(
+        zarr.storage.LocalStore(tmp_path / "a.zarr"),
+        data=data,
+        chunks=(1, 100),
+        shards=shards,
+        zarr_format=2 if form == "blosc" else 3,
+    )
+    root.attrs["sampling_rate"] = 50.0
+    file = tmp_path / "a.zarr" / ("0.1" if form == "blosc" else "c/0/1")
+    good = file.read_bytes()
+    for size in (0, 1, 7, len(good) // 2, len(good) - 60, len(good) - 1):
+        file.write_bytes(good[:size])
+        refused(tmp_path / "a.zarr", "data is damaged at sample")
+    file.write_bytes(good)
+    _, whole = opened(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(whole, data)
+
+
 def test_zarr_links_out_of_the_store(tmp_path: Path) -> None:
     def fill(root: Any, put: Any) -> None:
         put(root, "data", signal(1, 500)).attrs["sampling_rate"] = 10.0

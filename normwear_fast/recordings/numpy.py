@@ -53,7 +53,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # NumPy parses the header as Python, which fails in many ways
         raise RecordingError(f"{where}: is no NumPy array: {reason(error)}") from error
     return _Header(shape, dtype, fortran, file.tell())
 

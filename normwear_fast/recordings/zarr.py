@@ -6,17 +6,21 @@ has one that unpickles), and so is an array most of whose chunks are not there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import struct
 import zipfile
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.archive import reading
 from normwear_fast.recordings.arrays import (
+    CHUNK_BYTES,
     ArrayRecording,
     StoredArray,
     Tree,
@@ -27,6 +31,7 @@ from normwear_fast.recordings.base import refusing, register, register_folder
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_BYTES = 64 << 20
+_ABSENT = 2**64 - 1  # in a shard's index, a chunk that is not stored
 _CODECS = {
     *("bytes", "transpose", "sharding_indexed", "blosc", "gzip", "zstd", "crc32c", "zlib", "lz4"),
     *("lzma", "bz2", "delta", "fixedscaleoffset", "quantize", "shuffle", "bitround", "astype"),
@@ -130,6 +135,111 @@ class _ZipFiles(_Files):
         return self.counts[place]
 
 
+@dataclass(frozen=True)
+class _Compressed:
+    """How an array's files are compressed, as far as that needs a look before numcodecs has one.
+
+    Args:
+        codec: zstd, blosc, or "" for all others, which notice a chunk cut short themselves.
+        trailing: bytes of a checksum behind each chunk.
+        shard_chunks: chunks in a shard, 0 without shards.
+    """
+
+    codec: str
+    trailing: int = 0
+    shard_chunks: int = 0
+
+
+def _compressed(array: dict[str, Any], chunk_shape: tuple[int, ...]) -> _Compressed:
+    compressor = array.get("compressor")
+    if isinstance(compressor, dict):
+        name = compressor.get("id")
+        return _Compressed(name if name in ("zstd", "blosc") else "")
+    codecs = [one for one in array.get("codecs") or [] if isinstance(one, dict)]
+    if codecs and codecs[0].get("name") == "sharding_indexed":
+        inner = codecs[0].get("configuration") or {}
+        own = _compressed({"codecs": inner.get("codecs")}, ())
+        counts = zip(chunk_shape, inner.get("chunk_shape") or [], strict=True)
+        return replace(own, shard_chunks=math.prod(-(-n // max(1, m)) for n, m in counts))
+    names = [str(one.get("name")).removeprefix("numcodecs.") for one in codecs]
+    codec = next((name for name in names if name in ("zstd", "blosc")), "")
+    return _Compressed(codec, 4 * ("crc32c" in names))
+
+
+def _check_chunk(value: bytes, how: _Compressed) -> None:
+    """Raise unless a chunk is all there and unpacks to what may be held: of one cut short, numcodecs
+    0.16 gives back memory that was never written (zstd) or lies behind it (blosc)."""
+    size = len(value) - how.trailing
+    if size <= 0:
+        raise ValueError("a chunk is empty")
+    if how.codec == "blosc":
+        # https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst
+        sizes = struct.unpack_from("<III", value, 4) if size >= 16 else (0, 0, 0)
+        if sizes[2] != size or sizes[0] > CHUNK_BYTES:
+            raise ValueError("a chunk is cut short, or no blosc")
+    elif how.codec == "zstd":
+        _check_zstd(value, size)
+
+
+def _check_zstd(value: bytes, size: int) -> None:
+    """https://datatracker.ietf.org/doc/html/rfc8878#section-3.1.1"""
+    place = 0
+    while place < size:
+        if value[place : place + 4] != b"\x28\xb5\x2f\xfd" or place + 5 > size:
+            raise ValueError("a chunk is no zstd frame")
+        descriptor = value[place + 4]
+        single = descriptor >> 5 & 1
+        place += 6 - single + (0, 1, 2, 4)[descriptor & 3]
+        width = (single, 2, 4, 8)[descriptor >> 6]
+        if int.from_bytes(value[place : place + width], "little") > CHUNK_BYTES:
+            raise ValueError("a chunk unpacks to more than may be held")
+        place += width
+        last = False
+        while not last:
+            if place + 3 > size:
+                raise ValueError("a chunk is cut short")
+            head = int.from_bytes(value[place : place + 3], "little")
+            last = bool(head & 1)
+            place += 3 + (1 if head >> 1 & 3 == 1 else head >> 3)
+        place += 4 * (descriptor >> 2 & 1)
+    if place != size:
+        raise ValueError("a chunk is cut short")
+
+
+def _check_stored(value: bytes, how: _Compressed, part: Any) -> None:
+    """A chunk, a shard (`part` None) or a stretch of one, as zarr asked for it."""
+    if not how.shard_chunks:
+        _check_chunk(value, how)
+    elif part is None:
+        entries = 16 * how.shard_chunks
+        index = value[-entries - 4 : -4]  # zarr checks its CRC
+        if len(index) != entries:
+            raise ValueError("a shard is cut short")
+        for start, length in struct.iter_unpack("<QQ", index):
+            if length != _ABSENT:
+                _check_chunk(value[start : start + length], how)
+    elif hasattr(part, "start"):
+        _check_chunk(value, how)
+
+
+def _checking(store: Any, arrays: dict[str, _Compressed]) -> Any:
+    """The store, with every chunk of these arrays looked at before zarr decompresses it."""
+    from zarr.storage import WrapperStore
+
+    class Checking(WrapperStore):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            value = await super().get(key, prototype, byte_range)
+            owner = key.rpartition("/")[0]
+            while owner and owner not in arrays:
+                owner = owner.rpartition("/")[0]
+            name = key.rpartition("/")[2]
+            if value is not None and owner in arrays and name not in (*METADATA, ".zattrs"):
+                _check_stored(value.to_bytes(), arrays[owner], byte_range)
+            return value
+
+    return Checking(store)
+
+
 @register(".zarr")
 @register_folder(is_zarr_folder)
 class ZarrRecording(ArrayRecording):
@@ -149,16 +259,18 @@ class ZarrRecording(ArrayRecording):
 
         self.path = path
         self._store: Any = None
+        self._compressed: dict[str, _Compressed] = {}
         files = _FolderFiles(path) if members is None else _ZipFiles(path, members)
         places = files.metadata()
         if "" not in places:
             raise RecordingError(f"{path}: is no Zarr store: {' or '.join(METADATA)} is missing")
         try:
             with refusing(path):
-                self._store = (
+                self._store = _checking(
                     LocalStore(path, read_only=True)
                     if members is None
-                    else ZipStore(path, mode="r", read_only=True)
+                    else ZipStore(path, mode="r", read_only=True),
+                    self._compressed,
                 )
                 tree = Tree()
                 for place in places:
@@ -169,7 +281,8 @@ class ZarrRecording(ArrayRecording):
             raise
 
     def close(self) -> None:
-        if self._store is not None:
+        # A zip that zarr could not open cannot be closed either: it has no lock yet.
+        with contextlib.suppress(AttributeError):
             self._store.close()
 
     def _read_place(self, zarr: Any, files: _Files, place: str, tree: Tree) -> None:
@@ -183,6 +296,10 @@ class ZarrRecording(ArrayRecording):
             attributes = self._json(files, prefix + ".zattrs") or {}
         if not isinstance(attributes, dict):
             raise RecordingError(f"{self.path}: attributes of {place or 'the root'} are no table")
+        group = self._json(files, prefix + ".zgroup") if array is None else None
+        expected = 3 if modern is not None else 2
+        if (array or group or {}).get("zarr_format") != expected:
+            raise RecordingError(f"{self.path}: {place or 'the root'} is not of Zarr {expected}")
         is_group = array is None or (modern is not None and modern.get("node_type") == "group")
         if is_group or array is None:
             tree.groups[place] = as_plain(attributes)
@@ -201,6 +318,7 @@ class ZarrRecording(ArrayRecording):
             raise RecordingError(
                 f"{self.path}: {name} has shape {shape} in chunks of {chunk_shape}"
             )
+        self._compressed[place] = _compressed(array, chunk_shape)
         opened = zarr.open_array(
             self._store, path=place, mode="r", zarr_format=2 if modern is None else 3
         )
