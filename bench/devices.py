@@ -1,0 +1,81 @@
+"""Puts what the benchmarks measured into `plan`'s table of devices: `python -m bench.devices`.
+
+Of every result file with a table of rows, the rows "FastNormWear PRECISION" (windows of 6 s) and of
+`bench.encode_overhead` the encode command's own rate become devices that are *measured*, with the
+file's date and name. The newest of a device and precision stays, and a measured device takes the place
+of a modelled one of its name. Nothing else in normwear_fast/devices.json is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from normwear_fast.benchmarking import channel_flops
+from normwear_fast.config import NormWearConfig
+
+RESULTS = Path(__file__).parent / "results"
+DEVICES = Path(__file__).parent.parent / "normwear_fast" / "devices.json"
+
+
+def device_name(machine: dict[str, Any]) -> str:
+    """H100 for 'NVIDIA H100 80GB HBM3'; cpu-avx2-2 for two threads with AVX2."""
+    gpu = machine.get("gpu")
+    if gpu:
+        found = re.search(r"\b([ABHLVT]\d{1,3}S?|GH200|GB200|RTX ?\w+)\b", gpu)
+        return found[1] if found else re.sub(r"\W+", "-", gpu)
+    return f"cpu-{str(machine['capability']).lower()}-{machine['threads']}"
+
+
+def measured(path: Path) -> Iterator[dict[str, Any]]:
+    """The devices of one result file."""
+    result = json.loads(path.read_text())
+    machine = result.get("machine") if isinstance(result, dict) else None
+    if not isinstance(machine, dict) or "capability" not in machine:
+        return
+    config = NormWearConfig.base()
+    rates: dict[str, list[float]] = {}
+    for name, row in result.get("rows", {}).items():
+        match = re.fullmatch(r"FastNormWear (\w+)", name)
+        if match and row.get("channel_windows_per_s"):
+            rates[match[1]] = [row["channel_windows_per_s"]] * 2
+    overhead = result.get("overhead")
+    if overhead and overhead["model"] == "base":
+        pair = (
+            overhead["command_channel_windows_per_s"],
+            overhead["bare_channel_windows_per_s"],
+        )
+        rates[overhead["precision"]] = sorted(pair)
+    for precision, pair in rates.items():
+        yield {
+            "name": device_name(machine),
+            "precision": precision,
+            "basis": "measured",
+            "flops_per_s": [round(rate * channel_flops(config, 390, 3)) for rate in pair],
+            "date": machine["date"],
+            "source": f"bench/results/{path.name}",
+        }
+
+
+def main() -> int:
+    table = json.loads(DEVICES.read_text())
+    entries = {(device["name"], device["precision"]): device for device in table["devices"]}
+    for path in sorted(RESULTS.glob("*.json")):
+        for device in measured(path):
+            key = device["name"], device["precision"]
+            before = entries.get(key)
+            if before and before["basis"] == "measured" and before["date"] > device["date"]:
+                continue
+            entries[key] = device
+            print(f"{device['name']}, {device['precision']}: measured, {path.name}")
+    table["devices"] = sorted(entries.values(), key=lambda d: (d["name"], d["precision"]))
+    DEVICES.write_text(json.dumps(table, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
