@@ -1,11 +1,17 @@
-// csrc/cuda for the host: the same kernel bodies, a thread block after the other and in each the
-// threads one by one, up or down. A barrier that is missing between a write and a read of another
-// thread's value shows as a difference between the two orders.
+// csrc/cuda for the host: the same kernel bodies, each thread of a thread block a context of its own
+// that runs until a barrier, in ascending or descending order. As on a GPU, nothing but a barrier makes
+// a thread wait for another one: where one is missing between a write and a read of shared memory, one
+// of the two orders reads what was there before, which is poison.
 #include <pybind11/pybind11.h>
+#include <setjmp.h>
+#include <ucontext.h>
 
 #include <cstdlib>
+#include <exception>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/bind.h"
@@ -18,33 +24,123 @@ namespace normwear::cuda {
 namespace {
 
 bool downward = false;
-int threads_now = 0;
+
+enum class Waits { nothing, warp, block, finished };
+
+struct Thread {
+    ucontext_t context;
+    jmp_buf place;
+    bool started = false;
+    std::vector<char> stack = std::vector<char>(1 << 17);
+    Waits waits = Waits::nothing;
+    float lane = 0;  // what a warp's threads show each other
+    std::uint32_t left[2][4], right[4][2];
+};
+
+std::vector<Thread> team;
+jmp_buf scheduler;
+int now = 0;  // the thread that runs
+std::function<void()> kernel;
+std::exception_ptr failure;
+
+// Contexts are entered once and then left and taken up by jumps, which unlike swapcontext make no
+// system call: a run of the tests switches some ten million times.
+void wait(Waits barrier) {
+    Thread& me = team[static_cast<std::size_t>(now)];
+    me.waits = barrier;
+    if (_setjmp(me.place) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(Thread& thread) {
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+}
+
+void entry() {
+    while (true) {
+        try {
+            kernel();
+        } catch (...) {
+            failure = std::current_exception();
+        }
+        wait(Waits::finished);
+    }
+}
+
+// Whether all of the threads first .. last wait for the barrier; then they no longer do.
+bool release(int first, int last, Waits barrier) {
+    for (int i = first; i < last; ++i) {
+        if (team[static_cast<std::size_t>(i)].waits != barrier) return false;
+    }
+    for (int i = first; i < last; ++i) team[static_cast<std::size_t>(i)].waits = Waits::nothing;
+    return true;
+}
+
+void run_block(int threads) {
+    while (team.size() < 256) {
+        team.reserve(256);  // contexts do not move once they are made
+        Thread& thread = team.emplace_back();
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.data();
+        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, entry, 0);
+    }
+    for (int i = 0; i < threads; ++i) team[static_cast<std::size_t>(i)].waits = Waits::nothing;
+    while (true) {
+        bool ran = false;
+        for (int i = 0; i < threads; ++i) {
+            now = downward ? threads - 1 - i : i;
+            Thread& thread = team[static_cast<std::size_t>(now)];
+            if (thread.waits != Waits::nothing) continue;
+            resume(thread);
+            ran = true;
+        }
+        for (int warp = 0; warp < threads; warp += 32) release(warp, warp + 32, Waits::warp);
+        if (release(0, threads, Waits::block) || ran) continue;
+        if (release(0, threads, Waits::finished)) break;
+        // The team is left as it is: nothing more can be run with it.
+        failure = std::make_exception_ptr(
+            std::logic_error("some threads wait at a barrier that the others do not come to"));
+        break;
+    }
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
 
 struct HostBlock {
     template <class T>
     struct Each {
-        std::vector<T> values = std::vector<T>(static_cast<std::size_t>(threads_now));
-        T& operator[](int thread) { return values.at(static_cast<std::size_t>(thread)); }
+        T value;
+        T& operator[](int thread) {
+            if (thread != now) throw std::logic_error("a thread reads another one's variable");
+            return value;
+        }
     };
 
     int number;
     int index() const { return number; }
-    void sync() const {}
+    void sync() const { wait(Waits::block); }
 
     template <class F>
     void threads(F&& f) const {
-        for (int i = 0; i < threads_now; ++i) f(downward ? threads_now - 1 - i : i);
+        f(now);
     }
     template <class F>
     void each(F&& f) const {
-        threads(f);
+        f(now);
+        wait(Waits::block);
     }
 
     template <class Combine>
     void butterfly(Each<float>& x, Combine combine) const {
         for (int lanes = 16; lanes > 0; lanes /= 2) {
-            const std::vector<float> old = x.values;
-            for (int i = 0; i < threads_now; ++i) x[i] = combine(old[i], old[i ^ lanes]);
+            team[static_cast<std::size_t>(now)].lane = x.value;
+            wait(Waits::warp);
+            const float other = team[static_cast<std::size_t>(now ^ lanes)].lane;
+            wait(Waits::warp);
+            x.value = combine(x.value, other);
         }
     }
     void warp_sum(Each<float>& x) const {
@@ -60,31 +156,26 @@ struct HostBlock {
     // c0 (g, 2 t), c1 (g, 2 t + 1), c2 (g + 8, 2 t), c3 (g + 8, 2 t + 1).
     template <class Sums, class Left, class Right>
     void mma(Each<Sums>& c, Each<Left>& a, Each<Right>& b) const {
-        for (int warp = 0; warp < threads_now; warp += 32) {
-            for (int i = 0; i < Sums::rows; ++i) {
-                for (int j = 0; j < Sums::columns; ++j) {
-                    float left[16][8], right[8][8];
-                    for (int lane = 0; lane < 32; ++lane) {
-                        const int g = lane / 4, t = lane % 4;
-                        const std::uint32_t* l = a[warp + lane].x[i];
-                        const std::uint32_t* r = b[warp + lane].x[j];
-                        for (int k = 0; k < 4; ++k) {
-                            left[g + 8 * (k % 2)][t + 4 * (k / 2)] = tf32(l[k]);
-                        }
-                        for (int k = 0; k < 2; ++k) right[t + 4 * k][g] = tf32(r[k]);
-                    }
-                    for (int lane = 0; lane < 32; ++lane) {
-                        const int g = lane / 4, t = lane % 4;
-                        for (int k = 0; k < 4; ++k) {
-                            float& sum = c[warp + lane].x[i][j][k];
-                            for (int m = 0; m < 8; ++m) {
-                                sum += left[g + 8 * (k / 2)][m] * right[m][2 * t + k % 2];
-                            }
-                        }
+        Thread& me = team[static_cast<std::size_t>(now)];
+        static_assert(sizeof me.left == sizeof a.value.x && sizeof me.right == sizeof b.value.x);
+        std::memcpy(me.left, a.value.x, sizeof me.left);
+        std::memcpy(me.right, b.value.x, sizeof me.right);
+        wait(Waits::warp);
+        const int warp = now / 32 * 32, g = now % 32 / 4, t = now % 4;
+        for (int i = 0; i < Sums::rows; ++i) {
+            for (int j = 0; j < Sums::columns; ++j) {
+                for (int k = 0; k < 4; ++k) {
+                    for (int m = 0; m < 8; ++m) {
+                        const int row = g + 8 * (k / 2), column = 2 * t + k % 2;
+                        const Thread& l = team[static_cast<std::size_t>(warp + row % 8 * 4 + m % 4)];
+                        const Thread& r = team[static_cast<std::size_t>(warp + column * 4 + m % 4)];
+                        c.value.x[i][j][k] += tf32(l.left[i][row / 8 + 2 * (m / 4)]) *
+                                              tf32(r.right[j][m / 4]);
                     }
                 }
             }
         }
+        wait(Waits::warp);
     }
 
     // The tensor cores read 19 bits: a value that was not rounded would lose the others.
@@ -97,13 +188,16 @@ struct HostBlock {
 // Shared memory is poisoned, as a GPU's holds what was there before.
 template <class Body>
 void run(std::int64_t blocks, int threads, std::int64_t shared_bytes, Body body) {
-    threads_now = threads;
-    auto* shared = static_cast<char*>(
-        std::aligned_alloc(16, static_cast<std::size_t>((shared_bytes + 31) / 16 * 16)));
+    const auto bytes = static_cast<std::size_t>((shared_bytes + 15) / 16 * 16);
+    auto* shared = static_cast<char*>(std::aligned_alloc(16, bytes));
     for (std::int64_t i = 0; i < blocks; ++i) {
-        std::memset(shared, 0xff, static_cast<std::size_t>(shared_bytes));
-        HostBlock block{static_cast<int>(downward ? blocks - 1 - i : i)};
-        body(block, shared);
+        std::memset(shared, 0xff, bytes);
+        const int number = static_cast<int>(downward ? blocks - 1 - i : i);
+        kernel = [&body, number, shared] {
+            HostBlock block{number};
+            body(block, shared);
+        };
+        run_block(threads);
     }
     std::free(shared);
 }

@@ -1,8 +1,8 @@
 """The CUDA operators without a GPU: the kernels' source, run on the host, against the definitions.
 
-cuda_emulation.cpp runs every thread block one thread after another, upward and downward, with shared
-memory poisoned; the launches' tables and checks are those of the package. What only a GPU can show,
-races and speed, is `python -m bench.gpu_check`.
+cuda_emulation.cpp runs every thread of a block from barrier to barrier, in ascending and descending
+order, with shared memory poisoned; the launches' tables and checks are those of the package. What only
+a GPU can show is `python -m bench.gpu_check`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 FLOAT8 = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.bfloat16)
 LENGTHS = (11, 12, 19, 20, 64, 65, 128, 129, 390, 391, 390)
-LONG = (641, 642, 643, 1300)
+LONG = (641, 642, 1300)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -178,24 +178,25 @@ def defined(
 @pytest.mark.parametrize("method", ["conv", "scipy"])
 @pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["ragged", "long"])
 def test_tokenize(method: str, lengths: tuple[int, ...]) -> None:
-    for width, scales in ((36, 65), (40, 30)):
+    for width, scales, dtype, tf32 in (
+        (36, 65, torch.float32, False),
+        (40, 30, torch.bfloat16, False),
+        (40, 30, torch.float32, True),
+        (104, 10, torch.bfloat16, True),
+    ):
         batch = make(lengths, method, width, scales)
         tokenizer, series, samples, sequences = batch
         exact = defined(*batch, torch.float64)
         size = exact.abs().max()
         plain_error = (defined(*batch, torch.float32) - exact).abs().max()
-        for dtype in FLOATS:
-            for tf32 in (False, True):
-                rows = torch.full((sequences.total + 3, width), torch.nan, dtype=dtype)
-                cuda_backend.tokenize(rows, series, samples, sequences, tokenizer, tf32=tf32)
-                assert rows[sequences.total :].isnan().all()
-                error = (rows[: sequences.total].double() - exact).abs().max()
-                bound = 3 * plain_error + 1e-6 * size
-                if tf32 and width % 8 == 0:
-                    bound += size * 2**-10
-                if dtype == torch.bfloat16:
-                    bound += size * 2**-8
-                assert error <= bound, (dtype, tf32)
+        rows = torch.full((sequences.total + 3, width), torch.nan, dtype=dtype)
+        cuda_backend.tokenize(rows, series, samples, sequences, tokenizer, tf32=tf32)
+        assert rows[sequences.total :].isnan().all()
+        error = (rows[: sequences.total].double() - exact).abs().max()
+        bound = 3 * plain_error + 1e-6 * size
+        bound += size * 2**-10 if tf32 else 0
+        bound += size * 2**-8 if dtype == torch.bfloat16 else 0
+        assert error <= bound, (width, dtype, tf32)
 
 
 @pytest.mark.usefixtures("emulated")
