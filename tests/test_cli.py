@@ -46,7 +46,8 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encode(*words: object) -> int:
-    return main(["encode", *map(str, words)])
+    """In this process alone, unless the words say otherwise: readers take a moment to start."""
+    return main(["encode", "--workers", "0", *map(str, words)])
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

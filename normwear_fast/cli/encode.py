@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.encode.settings import CHOICES, EncodeSettings
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from normwear_fast.encode.pipeline import Progress, Summary
+    from normwear_fast.encode.ray_engine import RayEngine
     from normwear_fast.encode.windows import WindowList
     from normwear_fast.model import FastNormWear
 
@@ -86,7 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="reader processes beside this one (0 on a CPU, else up to 8)",
+        help="reader processes beside this one (1 on a CPU, else up to 8; 0: none); with Ray, in all",
+    )
+    run.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on a Ray cluster (RAY_ADDRESS), or Ray on this machine",
+    )
+    run.add_argument(
+        "--actors", type=int, metavar="N", help="Ray's encoders (one a GPU, or what the CPUs hold)"
     )
     run.add_argument("--dry-run", action="store_true", help="print the plan; no weights")
     run.add_argument("--overwrite", action="store_true", help="discard an earlier run in DIR")
@@ -123,7 +133,7 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         "--pool",
         choices=CHOICES["pool"],
         default=CHOICES["pool"][0],
-        help="over a channel's tokens (default: mean)",
+        help="over a channel's tokens (default: mean); patch keeps them all, in DIR/patches.zarr",
     )
     group.add_argument(
         "--channel-pool",
@@ -177,6 +187,17 @@ def _check(args: argparse.Namespace) -> None:
     check_window_arguments(args)
     if args.workers is not None and args.workers < 0:
         raise UsageError(f"--workers {args.workers}: it must be 0 or more")
+    if args.engine == "ray":
+        if args.device not in ("auto", "cpu", "cuda", "cuda:all"):
+            raise UsageError(
+                f"--device {args.device}: Ray hands out its GPUs; use auto, cpu or cuda"
+            )
+        for name in ("actors", "workers"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: with --engine ray it must be 1 or more")
+    elif args.actors is not None:
+        raise UsageError("--actors is for --engine ray; --device cuda:all takes all GPUs here")
 
 
 def check_window_arguments(args: argparse.Namespace) -> None:
@@ -197,22 +218,28 @@ def _encode(args: argparse.Namespace, settings: EncodeSettings, windows: WindowL
     from normwear_fast.encode.pipeline import encode_recordings
     from normwear_fast.engine import resolve_precision
 
-    devices = _devices(args.device)
-    resolve_precision(settings.precision, devices[0])  # before anything is opened
-    workers = args.workers
-    if workers is None:
-        workers = 0 if devices[0].type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
+    engine: RayEngine | None = None
+    device, workers = args.device, args.workers
+    if args.engine == "ray":
+        engine = _ray_engine(args)
+        device, workers = "auto", 1  # the GPU that Ray has given; one reader for the survey
+    else:
+        first = _devices(device)[0]
+        resolve_precision(settings.precision, first)  # before anything is opened
+        if workers is None:
+            workers = 1 if first.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
     progress = _progress()
     try:
         summary = encode_recordings(
             args.inputs,
             args.output,
             settings,
-            _model_loader(args, devices),
+            _model_loader(args, device),
             windows=windows,
             workers=workers,
             overwrite=args.overwrite,
             progress=progress,
+            engine=engine,
         )
     except OutputError as error:
         if not progress.started:
@@ -226,6 +253,13 @@ def _encode(args: argparse.Namespace, settings: EncodeSettings, windows: WindowL
     else:
         print(*_summary_lines(summary), sep="\n")
     return summary.exit_code
+
+
+def _ray_engine(args: argparse.Namespace) -> RayEngine:
+    from normwear_fast.encode.ray_engine import RayEngine
+
+    device = "cuda" if args.device == "cuda:all" else args.device
+    return RayEngine(device, actors=args.actors, readers=args.workers)
 
 
 def _devices(name: str) -> list[torch.device]:
@@ -254,7 +288,7 @@ def _devices(name: str) -> list[torch.device]:
 
 
 def _model_loader(
-    args: argparse.Namespace, devices: Sequence[torch.device]
+    args: argparse.Namespace, device: str
 ) -> Callable[[int | None], list[FastNormWear]]:
     def load(threads: int | None) -> list[FastNormWear]:
         import copy
@@ -264,6 +298,7 @@ def _model_loader(
         from normwear_fast.config import NormWearConfig
         from normwear_fast.model import FastNormWear
 
+        devices = _devices(device)
         if threads is not None:
             torch.set_num_threads(threads)
         if args.weights is not None:
@@ -282,7 +317,7 @@ def _model_loader(
             )
         twins = [copy.deepcopy(model) for _ in devices[1:]]
         return [
-            twin.to(device).freeze() for twin, device in zip([model, *twins], devices, strict=True)
+            twin.to(place).freeze() for twin, place in zip([model, *twins], devices, strict=True)
         ]
 
     return load

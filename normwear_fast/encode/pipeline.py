@@ -1,17 +1,18 @@
-"""The local engine: recordings -> windows -> work units -> model -> parts, each beside the next."""
+"""A run: recordings -> windows -> work units -> model -> parts, each beside the next.
+
+What decides the rows and commits them is here, once; an `Engine` prepares and encodes the units, in
+this process (`normwear_fast.encode.local`) or on a cluster (`normwear_fast.encode.ray_engine`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import secrets
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -36,8 +37,9 @@ from normwear_fast.encode.output import (
     build_table,
     encode_part,
 )
+from normwear_fast.encode.patches import PatchStore, require_zarr
 from normwear_fast.encode.prepare import NOT_FINITE, OK, Job, JobUnit, PreparedUnit, Source
-from normwear_fast.encode.readers import prepared_units
+from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
 from normwear_fast.encode.units import Unit, group_jobs, plan_units
@@ -56,8 +58,8 @@ PART_BYTES = 64 * 2**20
 PART_SECONDS = 30.0
 """Work units wait no longer than this (or one unit's time) for their part: what a kill can cost."""
 
-AHEAD = 2
-"""Prepared units queued for the device beyond those it works on, so that it need not wait."""
+PATCH_UNIT_TOKENS = 131_072
+"""Largest default unit for patch-level output: its 200 MB of float16 are one shard, written whole."""
 
 
 class Progress(Protocol):
@@ -143,6 +145,48 @@ class Plan:
     tokens: int
 
 
+Embeddings = Sequence[NDArray[Any]]
+"""One a window whose status is "ok", in order."""
+
+Encoded = tuple[PreparedUnit, Embeddings, float]
+"""A unit (its data may be gone), its embeddings, and the seconds the model took."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a run has to know of its model.
+
+    Args:
+        provenance: what decides its numbers, for the manifest.
+        config: its size.
+        device_type: ``cpu`` or ``cuda``.
+    """
+
+    provenance: dict[str, Any]
+    config: NormWearConfig
+    device_type: str
+
+    @classmethod
+    def of(cls, model: FastNormWear) -> ModelInfo:
+        return cls(model.provenance(), model.config, model.device.type)
+
+
+class Engine(Protocol):
+    """Where units are prepared and encoded. What it returns depends on neither place nor timing."""
+
+    def start(
+        self, load_models: Callable[[int | None], Sequence[FastNormWear]], threads: int | None
+    ) -> ModelInfo:
+        """Gets ready, with that many CPU threads a model (None: as it likes)."""
+
+    def encode(
+        self, jobs: Iterator[Job], settings: EncodeSettings, stopped: Callable[[], bool]
+    ) -> Generator[Encoded]:
+        """Every unit of the jobs once, in any order; ends early once ``stopped``."""
+
+    def close(self) -> None: ...
+
+
 def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
     """The recordings of the inputs, without what lies in the output folder."""
     found = find_recordings(inputs)
@@ -168,9 +212,10 @@ def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings
     from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES
 
     batch = settings.batch_tokens or BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
-    return replace(
-        settings, batch_tokens=batch, unit_tokens=settings.unit_tokens or UNIT_BATCHES * batch
-    )
+    unit = settings.unit_tokens or UNIT_BATCHES * batch
+    if settings.unit_tokens is None and settings.pool == "patch":
+        unit = min(unit, max(batch, PATCH_UNIT_TOKENS))
+    return replace(settings, batch_tokens=batch, unit_tokens=unit)
 
 
 def plan_run(
@@ -189,7 +234,12 @@ def plan_run(
         return window_tokens(channels, samples, settings.optimized_cwt, config)
 
     def each(i: int, count: int) -> int | None:
-        return None if settings.window is None else tokens_of(i, settings.window)
+        if settings.window is not None:
+            return tokens_of(i, settings.window)
+        # A shard is a fixed number of windows: patch-level units count each as the longest.
+        if settings.pool == "patch":
+            return max(listed(i, j) for j in range(count))
+        return None
 
     def listed(i: int, j: int) -> int:
         assert windows is not None
@@ -237,8 +287,10 @@ def _source(entry: Surveyed, settings: EncodeSettings, windows: WindowList | Non
     return Source(entry.id, entry.path, entry.channels, tiling)
 
 
-def embedding_form(plan: Plan, settings: EncodeSettings, embed_dim: int) -> Embedding:
-    """The form of the embedding column, from the settings and the inputs alone."""
+def embedding_form(plan: Plan, settings: EncodeSettings, embed_dim: int) -> Embedding | None:
+    """The form of the embedding column, from the settings and the inputs alone; None for patches."""
+    if settings.pool == "patch":
+        return None
     if settings.channel_pool == "keep":
         return Embedding(per_channel=True, width=embed_dim)
     if settings.channel_pool == "mean":
@@ -247,7 +299,43 @@ def embedding_form(plan: Plan, settings: EncodeSettings, embed_dim: int) -> Embe
     return Embedding(False, counts.pop() * embed_dim if len(counts) == 1 else None)
 
 
-def pool_channels(embedding: NDArray[np.float32], how: str) -> NDArray[np.float32]:
+def encode_prepared(
+    model: FastNormWear, unit: PreparedUnit, settings: EncodeSettings
+) -> Embeddings:
+    """What the model makes of a unit's windows: (C, E) float32 each; (C, T, E) float16 for patches.
+
+    Raises:
+        NormWearError: the device's memory does not hold one of its windows.
+    """
+    from normwear_fast.packing import window_tokens
+
+    if not unit.data:
+        return []
+    assert settings.batch_tokens is not None
+    # A window larger than the micro-batch makes the unit's larger.
+    largest = max(
+        window_tokens(channels, samples, model.optimized_cwt, model.config)
+        for channels, samples in {window.shape for window in unit.data}
+    )
+    budget = max(settings.batch_tokens, largest)
+    pool = cast('Literal["mean", "cls", "patch"]', settings.pool)
+    try:
+        embeddings = model.encode_unit(unit.data, pool=pool, batch_tokens=budget)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        row = unit.rows[0]
+        raise NormWearError(
+            f"the device ran out of memory in recording {row.recording} near "
+            f"{row.window.start:g} s; use shorter windows or fewer channels"
+        ) from error
+    if pool != "patch":
+        return embeddings
+    with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and skipped later
+        return [embedding.astype(np.float16) for embedding in embeddings]
+
+
+def pool_channels(embedding: NDArray[Any], how: str) -> NDArray[Any]:
     """(C, E) as it is, its mean over channels (E,), or the channels one after another (C * E,)."""
     if how == "keep":
         return embedding
@@ -264,6 +352,7 @@ def encode_recordings(
     workers: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Summary:
     """Encodes recordings into an output folder, or goes on with what a stopped run left there.
 
@@ -276,9 +365,11 @@ def encode_recordings(
         load_models: called once with the CPU threads to use (None: as it likes) when inputs and
             output are known to be good; a model a device, all the same.
         windows: the list of windows whose digest is ``settings.windows``.
-        workers: reader processes; 0 reads in this one.
+        workers: reader processes of the local engine; 0 reads in this one, which then waits for a
+            reader that hangs.
         overwrite: discard an earlier run in that folder.
         progress: told how it gets on.
+        engine: where units are prepared and encoded; by default here.
 
     Raises:
         UsageError: inputs, windows or channels that are not there.
@@ -286,13 +377,24 @@ def encode_recordings(
         WeightsError: from ``load_models``.
     """
     progress = progress or Silent()
+    readers = Readers(workers)
+    if engine is None:
+        from normwear_fast.encode.local import LocalEngine
+
+        engine = LocalEngine(readers)
+    if settings.pool == "patch":
+        require_zarr()
     found = find_inputs(inputs, output)
-    with OutputFolder(output) as folder:
+    with OutputFolder(output) as folder, contextlib.closing(engine), contextlib.closing(readers):
         before = folder.read_manifest()
         previous = None if overwrite else before
         if previous is None:
             surveyed = survey(
-                found, settings, windows, lambda done: progress.surveyed(done, len(found))
+                found,
+                settings,
+                windows,
+                lambda done: progress.surveyed(done, len(found)),
+                readers.look,
             )
         else:
             surveyed = _resume_inputs(previous, found, settings, windows, folder.path)
@@ -303,17 +405,16 @@ def encode_recordings(
             )
         if not any(entry.windows for entry in surveyed):
             return _nothing(folder.path, surveyed)
-        models = load_models(previous["model"]["threads"] if previous else None)
-        provenance = models[0].provenance()
+        model = engine.start(load_models, previous["model"]["threads"] if previous else None)
         if previous is None:
-            settings = default_tokens(settings, models[0].device.type)
+            settings = default_tokens(settings, model.device_type)
             if before is not None:
                 folder.clear()
         else:
-            check_same_model(previous, provenance, str(folder.path))
-        plan = plan_run(surveyed, settings, windows, models[0].config)
-        run = _Run(folder, plan, settings, provenance, previous)
-        return run.encode(models, windows, workers, progress)
+            check_same_model(previous, model.provenance, str(folder.path))
+        plan = plan_run(surveyed, settings, windows, model.config)
+        run = _Run(folder, plan, settings, model, windows, previous)
+        return run.encode(engine, windows, progress)
 
 
 def _resume_inputs(
@@ -360,10 +461,12 @@ class _Run:
         folder: OutputFolder,
         plan: Plan,
         settings: EncodeSettings,
-        provenance: dict[str, Any],
+        model: ModelInfo,
+        windows: WindowList | None,
         previous: dict[str, Any] | None,
     ) -> None:
-        self.folder, self.plan, self.settings, self.provenance = folder, plan, settings, provenance
+        self.folder, self.plan, self.settings = folder, plan, settings
+        self.provenance = provenance = model.provenance
         self.id: str = previous["run"] if previous else secrets.token_hex(8)
         self.started: str = previous["started"] if previous else now()
         self.form = embedding_form(plan, settings, provenance["config"]["embed_dim"])
@@ -374,6 +477,9 @@ class _Run:
         self._read_parts()
         if previous is None:
             self._write_manifest("running")
+        self.patches: PatchStore | None = None
+        if settings.pool == "patch":
+            self.patches = PatchStore(folder, plan, settings, model, windows, self.id, self.done)
         self._start_buffer()
 
     def _read_parts(self) -> None:
@@ -403,13 +509,7 @@ class _Run:
 
     # --- encoding ------------------------------------------------------------------------------------
 
-    def encode(
-        self,
-        models: Sequence[FastNormWear],
-        windows: WindowList | None,
-        workers: int,
-        progress: Progress,
-    ) -> Summary:
+    def encode(self, engine: Engine, windows: WindowList | None, progress: Progress) -> Summary:
         left = [unit for unit in self.plan.units if unit.index not in self.done]
         if not left:
             if not self.complete_before:
@@ -419,11 +519,11 @@ class _Run:
         progress.start(total, total - sum(unit.windows for unit in left))
         jobs = plan_jobs(self.plan, self.done, self.settings, windows)
         try:
-            with _graceful_stop(progress) as stopped, contextlib.ExitStack() as stack:
-                source = prepared_units(jobs, self.settings, workers, stopped)
-                stack.callback(source.close)  # type: ignore[attr-defined]
-                devices = stack.enter_context(_Devices(models, self.settings))
-                for unit, embeddings, seconds in devices.encode(source, stopped):
+            with (
+                _graceful_stop(progress) as stopped,
+                contextlib.closing(engine.encode(jobs, self.settings, stopped)) as encoded,
+            ):
+                for unit, embeddings, seconds in encoded:
                     self._add(unit, embeddings, seconds)
                     progress.advance(len(unit.rows))
             self._flush()
@@ -464,14 +564,12 @@ class _Run:
         self._buffered = Tally()
         self._flushed_at = time.perf_counter()
 
-    def _add(
-        self, unit: PreparedUnit, embeddings: list[NDArray[np.float32]], seconds: float
-    ) -> None:
+    def _add(self, unit: PreparedUnit, embeddings: Embeddings, seconds: float) -> None:
         """Buffers an encoded unit; writes a part when there is enough for one."""
         started = time.perf_counter()
         tally = Tally(failed=unit.failed, statistics=unit.statistics, flat=unit.flat)
         results = iter(embeddings)
-        values: list[NDArray[np.float32] | None] = []
+        values: list[NDArray[Any] | None] = []
         for row in unit.rows:
             value = next(results) if row.status == OK else None
             if value is not None and not np.isfinite(value).all():
@@ -482,6 +580,8 @@ class _Run:
             else:
                 tally.ok += 1
                 values.append(pool_channels(value, self.settings.channel_pool))
+        if self.patches is not None:  # first, so that what a part speaks of is there
+            self.patches.write(unit, values)
         self._tables.append(build_table(unit.rows, values, self.form))
         self._units.append((unit.index, len(unit.rows)))
         tally.seconds |= {
@@ -523,88 +623,6 @@ class _Run:
         # This part's own writing is counted with the next one's.
         self._buffered.seconds["write"] = time.perf_counter() - started
         self._flushed_at = started
-
-
-class _Devices:
-    """Encodes units in order on one model a device, each in a thread of its own."""
-
-    def __init__(self, models: Sequence[FastNormWear], settings: EncodeSettings) -> None:
-        self._free: queue.SimpleQueue[FastNormWear] = queue.SimpleQueue()
-        for model in models:
-            self._free.put(model)
-        self._settings = settings
-        self._limit = len(models) + AHEAD
-        self._threads = ThreadPoolExecutor(len(models), "encode")
-
-    def __enter__(self) -> _Devices:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def encode(
-        self, units: Iterator[PreparedUnit], stopped: Callable[[], bool]
-    ) -> Iterator[tuple[PreparedUnit, list[NDArray[np.float32]], float]]:
-        """Each unit with its embeddings and the seconds they took; ends early once ``stopped``."""
-        pending: deque[tuple[PreparedUnit, Future[tuple[list[NDArray[np.float32]], float]]]] = (
-            deque()
-        )
-        for unit in units:
-            pending.append((unit, self._threads.submit(self._encode, unit)))
-            while pending and (len(pending) >= self._limit or pending[0][1].done()):
-                yield self._next(pending)
-            if stopped():
-                break
-        while pending:
-            # Units not begun yet are left for the next session; the one being encoded is kept.
-            if stopped():
-                while pending and pending[-1][1].cancel():
-                    pending.pop()
-                if not pending:
-                    return
-            yield self._next(pending)
-
-    @staticmethod
-    def _next(
-        pending: deque[tuple[PreparedUnit, Future[tuple[list[NDArray[np.float32]], float]]]],
-    ) -> tuple[PreparedUnit, list[NDArray[np.float32]], float]:
-        unit, future = pending.popleft()
-        embeddings, seconds = future.result()
-        unit.data.clear()
-        return unit, embeddings, seconds
-
-    def _budget(self, model: FastNormWear, unit: PreparedUnit) -> int:
-        """The micro-batch's tokens: a window larger than it makes the unit's larger."""
-        from normwear_fast.packing import window_tokens
-
-        assert self._settings.batch_tokens is not None
-        shapes = {window.shape for window in unit.data}
-        largest = max(
-            window_tokens(channels, samples, model.optimized_cwt, model.config)
-            for channels, samples in shapes
-        )
-        return max(self._settings.batch_tokens, largest)
-
-    def _encode(self, unit: PreparedUnit) -> tuple[list[NDArray[np.float32]], float]:
-        model = self._free.get()
-        started = time.perf_counter()
-        try:
-            if not unit.data:
-                return [], 0.0
-            pool = cast('Literal["mean", "cls"]', self._settings.pool)
-            budget = self._budget(model, unit)
-            embeddings = model.encode_unit(unit.data, pool=pool, batch_tokens=budget)
-        except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            row = unit.rows[0]
-            raise NormWearError(
-                f"the device ran out of memory in recording {row.recording} near "
-                f"{row.window.start:g} s; use shorter windows or fewer channels"
-            ) from error
-        finally:
-            self._free.put(model)
-        return embeddings, time.perf_counter() - started
 
 
 @contextlib.contextmanager

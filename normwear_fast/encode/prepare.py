@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -55,10 +55,28 @@ class JobUnit:
 
 @dataclass(frozen=True)
 class Job:
-    """Units that one pass serves: several of one recording, or one of several recordings."""
+    """Units that one pass serves: several of one recording, or one of several recordings.
+
+    Args:
+        failed: places in ``sources`` that have been given up, and why.
+    """
 
     sources: tuple[Source, ...]
     units: tuple[JobUnit, ...]
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+
+class Watch:
+    """Told how a job gets on; here by nobody."""
+
+    def at(self, place: int) -> None:
+        """The source at that place in the job is worked on from now on."""
+
+    def alive(self) -> None:
+        """Something was read or prepared."""
+
+    def refused(self, error: Exception) -> None:
+        """A recording could not be read; may end the process instead of returning."""
 
 
 @dataclass
@@ -97,20 +115,26 @@ class PreparedUnit:
     prepare_seconds: float = 0.0
 
 
-def prepare_job(job: Job, settings: EncodeSettings) -> Iterator[PreparedUnit]:
+def prepare_job(
+    job: Job, settings: EncodeSettings, watch: Watch | None = None
+) -> Iterator[PreparedUnit]:
     """Reads, cuts and prepares the units of a job, in order.
 
     A recording that fails has no rows in the unit where it failed and in later ones: what a unit
     holds is decided by the input, not by how far the reading got.
     """
+    watch = watch or Watch()
     if len(job.units) > 1 or len(job.sources) == 1:
-        yield from _prepare_stretch(job.sources[0], job.units, settings)
+        watch.at(0)
+        yield from _prepare_stretch(job.sources[0], job.units, settings, watch, job.failed.get(0))
         return
     (unit,) = job.units
     merged = PreparedUnit(unit.index)
     for place, first, stop in unit.spans:
         part = JobUnit(unit.index, ((0, first, stop),))
-        for prepared in _prepare_stretch(job.sources[place], (part,), settings):
+        watch.at(place)
+        failed = job.failed.get(place)
+        for prepared in _prepare_stretch(job.sources[place], (part,), settings, watch, failed):
             _merge(merged, prepared)
     yield merged
 
@@ -126,10 +150,13 @@ def _merge(into: PreparedUnit, other: PreparedUnit) -> None:
 
 
 def _prepare_stretch(
-    source: Source, units: Sequence[JobUnit], settings: EncodeSettings
+    source: Source,
+    units: Sequence[JobUnit],
+    settings: EncodeSettings,
+    watch: Watch,
+    failure: str | None,
 ) -> Iterator[PreparedUnit]:
     """Units of one recording, which is opened once and read once (twice for its statistics)."""
-    failure: str | None = None
     with contextlib.ExitStack() as stack:
         opened: _Opened | None = None
         for unit in units:
@@ -138,10 +165,13 @@ def _prepare_stretch(
             if failure is None:
                 try:
                     if opened is None:
-                        opened = stack.enter_context(_Opened(source, settings))
+                        opened = stack.enter_context(
+                            _Opened(source, settings, source.windows[first].start, watch)
+                        )
                     opened.fill(prepared, source.windows[first:stop])
                 # Readers are other people's code on damaged files: any error is this recording's.
                 except Exception as error:
+                    watch.refused(error)
                     failure = reason(error, source.path)
             if failure is not None:
                 prepared.rows.clear()
@@ -152,10 +182,13 @@ def _prepare_stretch(
 
 
 class _Opened:
-    """One recording while its windows are taken out of it."""
+    """One recording while its windows are taken out of it, from ``start`` seconds on."""
 
-    def __init__(self, source: Source, settings: EncodeSettings) -> None:
+    def __init__(
+        self, source: Source, settings: EncodeSettings, start: float, watch: Watch
+    ) -> None:
         self.source, self.settings = source, settings
+        self.start, self.watch = start, watch
         self.statistics: Statistics | None = None
 
     def __enter__(self) -> _Opened:
@@ -169,7 +202,9 @@ class _Opened:
                 raise RecordingError("changed while it was being encoded")
             if self.settings.normalize == "recording":
                 self.statistics = self._statistics()
-            self.extractor = Extractor(self.recording, self.channels)
+            self.extractor = Extractor(
+                self.recording, self.channels, start=self.start, alive=self.watch.alive
+            )
         except BaseException:
             self.recording.close()
             raise
@@ -184,6 +219,7 @@ class _Opened:
         running = RunningStatistics(len(self.channels))
         for block in self.recording.blocks(self.channels, BLOCK_SECONDS):
             running.update(block)
+            self.watch.alive()
         return running.statistics()
 
     def fill(self, unit: PreparedUnit, windows: Sequence[Window]) -> None:
@@ -192,6 +228,7 @@ class _Opened:
         read_before = self.extractor.read_seconds
         for window, raw in zip(windows, self.extractor.extract(windows), strict=True):
             self._add(unit, window, raw)
+            self.watch.alive()
         if self.statistics is not None:
             unit.statistics[self.source.id] = self.statistics
         read = self.extractor.read_seconds - read_before

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from normwear_fast.encode.settings import EncodeSettings
 from normwear_fast.encode.windows import Tiling, Window, WindowList, select_channels
@@ -98,7 +98,9 @@ def _files(path: Path) -> list[Path]:
     if extensions is None:
         return [path]
     names = {path.stem}
-    if path.suffix.lower() == ".hea":  # a WFDB header's lines begin with its files or segments
+    if (
+        path.suffix.lower() == ".hea" and path.is_file()
+    ):  # a WFDB header's lines begin with its files or segments
         lines = path.read_bytes()[: 2**20].decode("latin-1").splitlines()
         names |= {line.split()[0] for line in lines if line.strip() and line[0] != "#"}
     candidates = {path.parent / (name + end) for name in names for end in ("", ".hea", *extensions)}
@@ -137,11 +139,70 @@ def _seconds(duration: float) -> str:
     return f"{math.floor(duration * 1e3) / 1e3:g}"
 
 
+@dataclass(frozen=True)
+class Look:
+    """A recording to be looked at.
+
+    Args:
+        place: in the order of ids.
+        windows: those listed for it, where there is a list.
+    """
+
+    place: int
+    id: str
+    path: str
+    windows: WindowList | None
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is to be encoded of the recording at that place, and the names of all its channels."""
+
+    place: int
+    entry: Surveyed
+    names: tuple[str, ...] = ()
+
+
+class Opens(Protocol):
+    """Told of an error before it becomes the recording's."""
+
+    def refused(self, error: Exception) -> None: ...
+
+
+def look_at(item: Look, settings: EncodeSettings, watch: Opens | None = None) -> Looked:
+    """Opens a recording and says what of it is to be encoded."""
+    path = Path(item.path)
+    size = mtime_ns = 0
+    names: tuple[str, ...] = ()
+    try:
+        size, mtime_ns = file_state(path)
+        with open_recording(path, sampling_rate=settings.rate) as recording:
+            names = tuple(channel.name for channel in recording.channels)
+            channels = select_channels(recording.channels, settings.channels)
+            entry = Surveyed(
+                id=item.id,
+                path=item.path,
+                size=size,
+                mtime_ns=mtime_ns,
+                windows=len(windows_of(item.id, recording.duration, settings, item.windows)),
+                duration=recording.duration,
+                channels=tuple(recording.channels[c].name for c in channels),
+                notes=tuple(recording.notes),
+            )
+    # Readers are other people's code on damaged files: any error is this recording's only.
+    except Exception as error:
+        if watch is not None:
+            watch.refused(error)
+        entry = Surveyed(item.id, item.path, size, mtime_ns, error=reason(error, path))
+    return Looked(item.place, entry, names)
+
+
 def survey(
     found: Sequence[FoundRecording],
     settings: EncodeSettings,
     windows: WindowList | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    look: Callable[[Iterable[Look], EncodeSettings], Iterable[Looked]] | None = None,
 ) -> list[Surveyed]:
     """Opens every recording and says what of it is to be encoded.
 
@@ -150,44 +211,35 @@ def survey(
         settings: which windows and channels.
         windows: the list, where there is one; recordings it does not name are left out.
         progress: called with the number of recordings seen so far.
+        look: does `look_at` for each, in any order; by default here.
 
     Raises:
         UsageError: a channel name no recording has, or a recording in the list that is not there.
     """
     if windows is not None:
         found = _listed(found, windows)
-    surveyed = []
+    items = (
+        Look(place, item.id, str(item.path), _listed_for(item.id, windows))
+        for place, item in enumerate(found)
+    )
+    entries: dict[int, Surveyed] = {}
     names: set[str] = set()
-    for i, item in enumerate(found):
-        size = mtime_ns = 0
-        try:
-            size, mtime_ns = file_state(item.path)
-            with open_recording(item.path, sampling_rate=settings.rate) as recording:
-                names.update(channel.name for channel in recording.channels)
-                channels = select_channels(recording.channels, settings.channels)
-                entry = Surveyed(
-                    id=item.id,
-                    path=str(item.path),
-                    size=size,
-                    mtime_ns=mtime_ns,
-                    windows=len(windows_of(item.id, recording.duration, settings, windows)),
-                    duration=recording.duration,
-                    channels=tuple(recording.channels[c].name for c in channels),
-                    notes=tuple(recording.notes),
-                )
-        # Readers are other people's code on damaged files: any error is this recording's only.
-        except Exception as error:
-            entry = Surveyed(
-                item.id, str(item.path), size, mtime_ns, error=reason(error, item.path)
-            )
-        surveyed.append(entry)
-        progress(i + 1)
+    for looked in look(items, settings) if look else (look_at(item, settings) for item in items):
+        entries[looked.place] = looked.entry
+        names.update(looked.names)
+        progress(len(entries))
     unknown = sorted(set(settings.channels or ()) - names)
     if unknown and names:
         raise UsageError(
             f"no recording has a channel {', '.join(unknown)}; there are {', '.join(sorted(names))}"
         )
-    return surveyed
+    return [entries[place] for place in sorted(entries)]
+
+
+def _listed_for(recording: str, windows: WindowList | None) -> WindowList | None:
+    if windows is None:
+        return None
+    return WindowList({recording: windows.recordings[recording]}, windows.digest)
 
 
 def _listed(found: Sequence[FoundRecording], windows: WindowList) -> list[FoundRecording]:

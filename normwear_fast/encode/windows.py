@@ -6,7 +6,7 @@ import csv
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from normwear_fast._native import gather_windows
 from normwear_fast.encode.settings import check_duration
 from normwear_fast.errors import RecordingError, UsageError
-from normwear_fast.recordings.base import Channel, Recording
+from normwear_fast.recordings.base import Channel, Recording, first_sample
 
 BLOCK_SECONDS = 60.0
 """Seconds of a recording read at a time."""
@@ -246,10 +246,9 @@ class RawChannel(NamedTuple):
 class _Stream:
     """What is held of one channel: samples ``base`` to ``received`` of the whole."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, start: float) -> None:
         self.channel = channel
-        self.base = 0
-        self.received = 0
+        self.base = self.received = first_sample(channel, start)
         self.buffer: NDArray[np.float64] = np.empty(0)
 
     def first_samples(self, times: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -277,13 +276,21 @@ class Extractor:
         recording: an open recording.
         channels: indices of the channels wanted.
         block_seconds: how much is read at a time.
+        start: seconds before which no window begins.
+        alive: called after each block read.
     """
 
     def __init__(
-        self, recording: Recording, channels: Sequence[int], block_seconds: float = BLOCK_SECONDS
+        self,
+        recording: Recording,
+        channels: Sequence[int],
+        block_seconds: float = BLOCK_SECONDS,
+        start: float = 0.0,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
-        self._streams = [_Stream(recording.channels[i]) for i in channels]
-        self._blocks = iter(recording.blocks(channels, block_seconds))
+        self._streams = [_Stream(recording.channels[i], start) for i in channels]
+        self._blocks = iter(recording.blocks(channels, block_seconds, start))
+        self._alive = alive
         self._ended = False
         self.read_seconds = 0.0
 
@@ -353,6 +360,7 @@ class Extractor:
                 )
             for stream, samples in zip(self._streams, block, strict=True):
                 stream.append(samples)
+            self._alive()
         self.read_seconds += time.perf_counter() - started
 
     def close(self) -> None:
