@@ -18,6 +18,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 
 demo: $(VENV)/.installed
 	$(BIN)/normwear-fast encode examples/cohort --random-weights 0 --model-size small --output out/demo
+	$(BIN)/normwear-fast report out/demo
 
 test: $(VENV)/.installed
 	$(PYTEST)

@@ -425,8 +425,8 @@ def _skipped_section(output: _Output) -> Iterator[str]:
         )
     if output.tally.flat:
         yield (
-            f"<p>{output.tally.flat:,} encoded windows have a channel that does not vary "
-            "(it is zero to the model).</p>"
+            "<p>Encoded windows with a channel that does not vary (zero to the model): "
+            f"{output.tally.flat:,}</p>"
         )
 
 
