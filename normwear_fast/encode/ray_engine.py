@@ -78,6 +78,9 @@ class RayEngine:
     def __init__(
         self, device: str = "auto", *, actors: int | None = None, readers: int | None = None
     ) -> None:
+        # Read by Ray as it is imported: nothing is sent anywhere, and what matters is raised.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
             import ray.data  # noqa: F401
         except ImportError as error:
@@ -120,13 +123,12 @@ class RayEngine:
 
         if ray.is_initialized():
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
-            raise UsageError(f"Ray at {where} cannot be reached: {error}") from None
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UsageError(f"Ray at {where} cannot be reached: {why}") from None
         self._connected = True
 
     def _size(self, cpus: float, gpus: int) -> None:
