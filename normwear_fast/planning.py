@@ -27,6 +27,9 @@ COMPRESSED = 0.93
 """Bytes of a part per byte of its embeddings, byte-split under zstd: measured 0.926, random weights of
 the released size."""
 
+PATCHES_COMPRESSED = 0.94
+"""As `COMPRESSED`, of patches: the small model's."""
+
 ROW_BYTES = 24
 """A row's other columns in a part, compressed: ids, times, status."""
 
@@ -155,7 +158,7 @@ def estimate(
             flops += count * channels * _flops(config, samples, channels)
     rows = sum(entry.windows for entry in plan.inputs)
     if settings.pool == "patch":  # Zarr holds them as float16
-        content: float = plan.tokens * config.embed_dim * 2
+        content: float = plan.tokens * config.embed_dim * 2 * PATCHES_COMPRESSED
     else:
         content = values * config.embed_dim * 4 * COMPRESSED
     return Estimate(

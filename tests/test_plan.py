@@ -33,11 +33,12 @@ def planned(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("pooling", ["keep", "mean", "concat"])
+@pytest.mark.parametrize("pooling", ["keep", "mean", "concat", "patch"])
 def test_counts_and_bytes_are_those_of_the_run(
     recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pooling: str
 ) -> None:
-    choices = [recordings, "--window", 3, "--hop", "0.25", "--channel-pool", pooling]
+    choices = [recordings, "--window", 3, "--hop", "0.25"]
+    choices += ["--pool", "patch"] if pooling == "patch" else ["--channel-pool", pooling]
     plan = planned(capsys, *choices, "--model-size", "small")
     weights = tmp_path / "weights"
     # As wide as the small model, and quicker: width decides the bytes, depth does not.
@@ -56,7 +57,8 @@ def test_counts_and_bytes_are_those_of_the_run(
     share = (rows.channels.map(len) * (rows.status == "ok")).sum() / plan["channel_windows"]
     if pooling == "mean":
         share = (rows.status == "ok").mean()
-    written = sum(part.stat().st_size for part in out.glob("part-*.parquet"))
+    files = (out / "patches.zarr").rglob("*") if pooling == "patch" else out.glob("part-*")
+    written = sum(file.stat().st_size for file in files)
     assert written == pytest.approx(plan["output_bytes"] * share, rel=0.15)
 
 
