@@ -914,10 +914,11 @@ void tokenize(const TokenizeArguments& p, int threads) {
             }
         }
         vf sums[MR * NV];
-        for (int64_t panel = 0; panel < p.weight.panels; ++panel) {
-            const int64_t column = panel * LANES, count = least(LANES, p.width - column);
-            for (int64_t first = 0; first < rows; first += MR) {
-                const int64_t m = least(MR, rows - first);
+        // A tile's rows are written whole before the next tile: templates and rows stream through once.
+        for (int64_t first = 0; first < rows; first += MR) {
+            const int64_t m = least(MR, rows - first);
+            for (int64_t panel = 0; panel < p.weight.panels; ++panel) {
+                const int64_t column = panel * LANES, count = least(LANES, p.width - column);
                 multiply_tile<Operand::float32>(tile_rows(m), block.tile(first), p.weight.data + panel * words * LANES,
                                                 words / 4, sums);
                 for (int64_t i = 0; i < m; ++i) {
