@@ -20,6 +20,7 @@ from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig
 from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
+from normwear_fast.mne import is_mne, windows_of
 from normwear_fast.operators import Pool
 from normwear_fast.packing import (
     Layout,
@@ -567,8 +568,9 @@ class FastNormWear(ReferenceNormWear):
         """Embeddings of many windows, equal or ragged, in bounded memory.
 
         Args:
-            windows: one array (B, C, L), or a list of (C_i, L_i) arrays; the signal's own units.
-            sampling_rate: Hz, one number or one a window.
+            windows: one array (B, C, L), or a list of (C_i, L_i) arrays; the signal's own units. Or an
+                mne.Epochs, or an mne.io.Raw, which is cut into windows of 6 s, end to end.
+            sampling_rate: Hz, one number or one a window; mne's objects have their own.
             pool: over a channel's tokens: ``mean`` of all ([CLS] included, the published evaluation),
                 ``cls``, or ``patch`` for none.
             channels: ``keep`` them apart, ``mean`` over them, or ``concat`` them.
@@ -591,6 +593,8 @@ class FastNormWear(ReferenceNormWear):
             raise InputError(f"channels is {channels!r}; it must be 'keep', 'mean' or 'concat'")
         if missing not in ("error", "interpolate"):
             raise InputError(f"missing is {missing!r}; it must be 'error' or 'interpolate'")
+        if is_mne(windows):
+            windows, sampling_rate = windows_of(windows)
         items = _window_list(windows)
         rates = _rate_list(sampling_rate, len(items))
         shapes = [

@@ -53,7 +53,7 @@ def safe_members(path: Path) -> dict[str, zipfile.ZipInfo]:
             raise RecordingError(f"{path}: member {name!r} is a link; plain files are right")
         if info.flag_bits & 1:
             raise RecordingError(f"{path}: member {name!r} is encrypted")
-        if info.is_dir():
+        if name.endswith("/"):  # what is_dir() asks, but a name may be empty
             continue
         if posixpath.normpath(name) in members and parts[-1] not in _REWRITTEN:
             raise RecordingError(f"{path}: has two members named {name!r}")

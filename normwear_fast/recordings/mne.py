@@ -378,16 +378,34 @@ def _check_mat(path: Path) -> None:
                     f"{path}: element of type {kind} at byte {place} declares {length} bytes; the "
                     f"file has {size - place - 8} more"
                 )
-            expanded += length
-            if kind == _MAT_COMPRESSED:
-                inner = zlib.decompressobj().decompress(file.read(min(length, 4096)), 8)
-                expanded += struct.unpack(order + "II", inner)[1] - length
+            expanded += _unpacked(path, file, length, order) if kind == _MAT_COMPRESSED else length
+            if expanded > _EXPANDED:
+                raise RecordingError(
+                    f"{path}: unpacks to more than {_EXPANDED >> 30} GB, which mne reads whole; save "
+                    f"the data beside it, as .fdt"
+                )
             place += 8 + length
-    if expanded > _EXPANDED:
+
+
+def _unpacked(path: Path, file: Any, length: int, order: str) -> int:
+    """The size of a compressed element, read through: SciPy's reader does not compare its checksum,
+    and can crash on what a damaged one unpacks to."""
+    start, stream, head, size = file.tell(), zlib.decompressobj(), b"", 0
+    while length and size <= _EXPANDED:
+        packed = file.read(min(length, 1 << 16))
+        length -= len(packed)
+        while packed and size <= _EXPANDED:
+            part = stream.decompress(packed, 1 << 20)
+            packed = stream.unconsumed_tail
+            head, size = (head + part)[:8] if len(head) < 8 else head, size + len(part)
+            if not part:
+                break
+    declared = 8 + struct.unpack(order + "II", head)[1] if len(head) == 8 else -1
+    if size <= _EXPANDED and (declared != size or not stream.eof):
         raise RecordingError(
-            f"{path}: unpacks to {expanded / 2**30:.3g} GB, which mne reads whole; save the data "
-            f"beside it, as .fdt"
+            f"{path}: the element at byte {start - 8} declares {declared} bytes and holds {size}: damaged"
         )
+    return size
 
 
 @register(".set", companions=_eeglab_parts)
