@@ -9,22 +9,26 @@ A core's time is CPU time, one thread, so that a busy machine does not change it
 
 *Cohort*: a synthetic reader stands for `--gigabytes` of 16-bit WFDB in `--recordings` files, because
 nothing of that size is written for a benchmark: one block of signal, made once, is what every read
-returns. It is planned whole; then the run's own jobs are prepared and packed in order for `--seconds`
-of CPU time while the process's resident memory is sampled. What part of the cohort that was is printed
-and stored; the peak of each quarter of the time says whether memory grows.
+returns. `encode_recordings` itself surveys and plans all of it, then prepares, packs, "encodes" by a
+null encoder and writes Parquet for `--seconds` of CPU time, and is stopped, while the process's
+resident memory is sampled. What part of the cohort that was is printed and stored; the peak of each
+quarter of the time says whether memory grows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import psutil
@@ -32,13 +36,21 @@ import torch
 
 from normwear_fast.benchmarking import machine
 from normwear_fast.config import NormWearConfig
-from normwear_fast.encode.pipeline import default_tokens, plan_jobs, plan_run
+from normwear_fast.encode.pipeline import (
+    default_tokens,
+    encode_recordings,
+    plan_jobs,
+    plan_run,
+)
 from normwear_fast.encode.prepare import prepare_job
 from normwear_fast.encode.settings import EncodeSettings
-from normwear_fast.encode.survey import Surveyed, survey
+from normwear_fast.encode.survey import survey
 from normwear_fast.packing import plan_micro_batches, window_tokens
 from normwear_fast.recordings import Channel, Recording
 from normwear_fast.recordings.base import Array, FoundRecording, register
+
+if TYPE_CHECKING:
+    from normwear_fast.model import FastNormWear
 
 RATE = 360.0
 RESULTS = Path(__file__).parent / "results"
@@ -78,16 +90,10 @@ def pack(data: list[np.ndarray], settings: EncodeSettings) -> int:
     return len(packed)
 
 
-def stream(
-    found: list[FoundRecording], settings: EncodeSettings, seconds: float | None = None
-) -> dict[str, float]:
-    """Prepares and packs what encode would, in its order, for that long (all of it: None)."""
+def stream(found: list[FoundRecording], settings: EncodeSettings) -> dict[str, float]:
+    """Prepares and packs what encode would, in its order."""
     settings = default_tokens(settings, "cpu")
     plan = plan_run(survey(found, settings), settings, None, NormWearConfig())
-    return run_plan(plan, settings, seconds)
-
-
-def run_plan(plan: Any, settings: EncodeSettings, seconds: float | None) -> dict[str, float]:
     facts = dict.fromkeys(("windows", "channel_windows", "units", "read_s", "prepare_s"), 0.0)
     began, cpu = time.perf_counter(), time.process_time()
     for job in plan_jobs(plan, set(), settings, None):
@@ -99,10 +105,6 @@ def run_plan(plan: Any, settings: EncodeSettings, seconds: float | None) -> dict
             facts["channel_windows"] += sum(len(window) for window in unit.data)
             facts["read_s"] += unit.read_seconds
             facts["prepare_s"] += unit.prepare_seconds
-            if seconds is not None and time.process_time() - cpu > seconds:
-                break
-        if seconds is not None and time.process_time() - cpu > seconds:
-            break
     facts["wall_s"] = time.perf_counter() - began
     facts["cpu_s"] = time.process_time() - cpu
     facts["channel_windows_per_cpu_s"] = facts["channel_windows"] / facts["cpu_s"]
@@ -119,7 +121,8 @@ def rates(folder: Path, rounds: int, minutes: int) -> dict[str, dict[str, float]
             for preprocess in ("reference", "none"):
                 settings = EncodeSettings(preprocess=preprocess)
                 found = [FoundRecording(name, path)]
-                stream(found, settings, 0.5)  # caches of filters, imports
+                if channels == 1:
+                    stream(found, settings)  # imports, caches of filters
                 runs = [stream(found, settings) for _ in range(rounds)]
                 runs.sort(key=lambda run: run["channel_windows_per_cpu_s"])
                 label = f"WFDB {storage}, C={channels}, preprocess {preprocess}"
@@ -156,10 +159,10 @@ class SyntheticRecording(Recording):
 
 
 class Memory:
-    """Samples the resident memory of this process until it is closed."""
+    """Samples the resident memory of this process until it is closed: (seconds, bytes)."""
 
     def __init__(self) -> None:
-        self.samples: list[int] = []
+        self.samples: list[tuple[float, int]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -167,49 +170,88 @@ class Memory:
     def _watch(self) -> None:
         process = psutil.Process()
         while not self._stop.wait(0.05):
-            self.samples.append(process.memory_info().rss)
+            self.samples.append((time.perf_counter(), process.memory_info().rss))
 
-    def close(self) -> list[float]:
-        """Peak MB of each quarter of the time."""
+    def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        quarters = np.array_split(np.array(self.samples), 4)
-        return [round(float(quarter.max()) / 1e6, 1) for quarter in quarters]
+
+    def peaks_mb(self, first: float, last: float, pieces: int) -> list[float]:
+        """The peak of each piece of that time."""
+        held = np.array([size for at, size in self.samples if first <= at <= last])
+        return [round(float(part.max()) / 1e6, 1) for part in np.array_split(held, pieces)]
+
+
+class NullModel:
+    """Packs what it is given and returns one array for every window; stops the run when time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.config = NormWearConfig()
+        self.device = torch.device("cpu")
+        self.optimized_cwt = True
+        self.began = self.cpu = 0.0
+        self.channel_windows = 0
+        self._seconds = seconds
+        noise = np.random.default_rng(0).standard_normal((64, self.config.embed_dim))
+        self._embedding = noise.astype(np.float32)
+
+    def provenance(self) -> dict[str, Any]:
+        config = asdict(self.config)
+        weights = {"source": "none"}
+        return {"weights": weights, "precision": "float32", "config": config, "threads": 1}
+
+    def encode_unit(
+        self, windows: list[np.ndarray], *, pool: str, batch_tokens: int
+    ) -> list[np.ndarray]:
+        if not self.began:
+            self.began, self.cpu = time.perf_counter(), time.process_time()
+        pack(windows, EncodeSettings(batch_tokens=batch_tokens))
+        self.channel_windows += sum(len(window) for window in windows)
+        if time.process_time() - self.cpu > self._seconds:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [self._embedding[: len(window)] for window in windows]
 
 
 def cohort(folder: Path, gigabytes: float, recordings: int, seconds: float) -> dict[str, Any]:
     channels = 3
     samples = round(gigabytes * 1e9 / recordings / channels / 2)
+    inputs = folder / "cohort"
+    inputs.mkdir()
     for i in range(recordings):
-        (folder / f"{i:05d}.synthetic").write_text(f"{channels} {samples}")
-    found = [FoundRecording(f"{i:05d}", folder / f"{i:05d}.synthetic") for i in range(recordings)]
+        (inputs / f"{i:05d}.synthetic").write_text(f"{channels} {samples}")
+    model = NullModel(seconds)
     memory = Memory()
-    began = time.perf_counter()
-    settings = default_tokens(EncodeSettings(), "cpu")
-    surveyed: list[Surveyed] = survey(found, settings)
-    plan = plan_run(surveyed, settings, None, NormWearConfig())
-    planned = time.perf_counter() - began
-    plan_peak = max(memory.close())
-    memory = Memory()
-    done = run_plan(plan, settings, seconds)
-    quarters = memory.close()
-    windows = sum(entry.windows for entry in plan.inputs)
-    share = done["windows"] / windows
+    start = time.perf_counter()
+    summary = encode_recordings(
+        [inputs],
+        folder / "out",
+        EncodeSettings(),
+        lambda threads: [cast("FastNormWear", model)],
+    )
+    end, cpu = time.perf_counter(), time.process_time() - model.cpu
+    memory.close()
+    assert summary.interrupted, "the whole cohort was streamed: ask for fewer --seconds"
+    share = summary.encoded / summary.windows
     return {
-        "what": "a synthetic reader; nothing of this size was written, and only a part was streamed",
+        "what": "a synthetic reader and a null encoder through encode itself, written to Parquet and "
+        "stopped; nothing of this size was read from a disk, and only a part was streamed",
         "equivalent_gigabytes_16_bit": gigabytes,
         "recordings": recordings,
         "hours_each": round(samples / RATE / 3600, 2),
-        "windows": windows,
-        "channel_windows": windows * channels,
-        "units": len(plan.units),
-        "plan_s": round(planned, 2),
-        "plan_peak_mb": plan_peak,
-        "streamed": done,
-        "streamed_share": share,
+        "windows": summary.windows,
+        "channel_windows": summary.windows * channels,
+        "units": summary.units,
+        "survey_and_plan_s": round(model.began - start, 2),
+        "survey_and_plan_peak_mb": memory.peaks_mb(start, model.began, 1)[0],
+        "streamed_windows": summary.encoded,
+        "streamed_units": summary.units_done,
+        "streamed_share": round(share, 6),
         "streamed_gigabytes": round(share * gigabytes, 3),
-        "peak_mb_by_quarter": quarters,
-        "whole_at_this_rate_core_hours": round(done["cpu_s"] / share / 3600, 1),
+        "streamed_wall_s": round(end - model.began, 2),
+        "streamed_cpu_s": round(cpu, 2),
+        "channel_windows_per_cpu_s": round(model.channel_windows / cpu),
+        "peak_mb_by_quarter": memory.peaks_mb(model.began, end, 4),
+        "whole_at_this_rate_core_hours": round(cpu / share / 3600, 1),
     }
 
 
