@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
+from normwear_fast.cli.main import main
 from normwear_fast.recordings import find_recordings, open_recording
 
 for _package in ("edfio", "h5py", "mne", "wfdb", "zarr"):
@@ -302,6 +304,48 @@ def test_60_damaged_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (path,) = (one for one in found if one.is_relative_to(tmp_path / "good" / form))
         with open_recording(path, sampling_rate=RATE if form in CLOCKLESS else None) as recording:
             assert sum(block[0].size for block in recording.blocks([0])) > 0
+
+
+def test_encode_gives_up_the_damaged_ones_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command over good and damaged recordings of every format that has a clock."""
+    random = np.random.default_rng()
+    cohort = tmp_path / "cohort"
+    for form, write in WRITERS.items():
+        if form in CLOCKLESS:
+            continue
+        (cohort / "good" / form).mkdir(parents=True)
+        path = write(cohort / "good" / form)
+        place = cohort / "damaged" / form
+        shutil.copytree(cohort / "good" / form, place)
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+        how = damage(files[int(random.integers(len(files)))], random)
+        assert how
+        assert path.exists()
+    # what `encode` finds of the good ones is what it would find without the others
+    good = [one.id for one in find_recordings([cohort]) if one.id.startswith("good/")]
+    assert len(good) == len(WRITERS) - len(CLOCKLESS)
+    command = (
+        f"encode {cohort} --random-weights 0 --model-size small --device cpu --window 2 --hop 20"
+    )
+    code = main([*command.split(), "--output", str(tmp_path / "out"), "--workers", "0"])
+    errors = capsys.readouterr().err
+    assert code in (0, 1), errors
+    # a hop of 20 s: one window a recording, unless damage made it longer
+    assert "Traceback" not in errors
+    rows = [
+        row
+        for part in (tmp_path / "out").glob("part-*.parquet")
+        for row in parquet.read_table(part, columns=["recording", "status"]).to_pylist()
+    ]
+    for name in good:
+        statuses = [row["status"] for row in rows if row["recording"] == name]
+        assert statuses, name
+        assert statuses.count("ok") >= 1, name
+    for line in errors.splitlines():
+        if "error" in line:
+            assert line.startswith("normwear-fast: error: "), line
 
 
 @pytest.mark.torture

@@ -115,7 +115,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]
 def test_data_with_attributes(
     store: Callable[..., Path], chunks: tuple[int, int], dtype: str
 ) -> None:
-    data = signal(3, 150_000 if dtype == "f8" else 5000, dtype)
+    data = signal(3, 80_000 if dtype == "f8" else 5000, dtype)
 
     def fill(root: Any, put: Any) -> None:
         wide = chunks if len(data[0]) < 10_000 else (chunks[0], 10 * chunks[1])
@@ -976,7 +976,7 @@ def hostile_pickles(victim: Path) -> dict[str, bytes]:
         + b"q\x01a"
         + b"c_codecs\nencode\nh\x01X\x05\0\0\0ascii\x86Ra" * 4000
         + b".",
-        "deep_key": b"}(" + b")" + b"\x85" * 1_000_000 + b"K\0u.",
+        "deep_key": b"}(" + b")" + b"\x85" * 200_000 + b"K\0u.",
         "deep_list": b"]" * 100_000 + b"a" * 99_999 + b".",
         "laughs": b"]q\0"
         + b"".join(

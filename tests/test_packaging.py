@@ -215,7 +215,7 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     heavy = ["triton", "cupy", "ray", "transformers", "sklearn", "matplotlib", "scipy.signal"]
-    heavy += ["pandas", "wfdb", "edfio", "pyarrow"]
+    heavy += ["pandas", "wfdb", "edfio", "pyarrow", "h5py", "zarr", "mne"]
     loaded = f"print([name for name in {heavy} if name in sys.modules and name not in before])"
     code = f"""
 import sys

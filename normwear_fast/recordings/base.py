@@ -21,6 +21,9 @@ from normwear_fast.errors import InputError, NormWearError, RecordingError, Usag
 
 Array = NDArray[np.float64]
 
+RATES = (1e-3, 1e6)
+"""Hz; a rate outside is a damaged header, and would make a small file last for ages."""
+
 
 @dataclass(frozen=True)
 class Channel:
@@ -229,7 +232,7 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             raise RecordingError(f"{path}: is no regular file")
         if not folder and path.stat().st_size == 0:
             raise RecordingError(f"{path}: is empty (0 bytes)")
-        return reader(path, sampling_rate=sampling_rate)
+        recording = reader(path, sampling_rate=sampling_rate)
     except OSError as error:
         raise RecordingError(f"{path}: cannot be read: {reason(error)}") from error
     except ImportError as error:
@@ -237,6 +240,14 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             f"{path}: reading {path.suffix} needs {error.name}; "
             "install it with: pip install 'normwear-fast[io]'"
         ) from error
+    for channel in recording.channels:
+        if not RATES[0] <= channel.sampling_rate <= RATES[1]:
+            recording.close()
+            raise RecordingError(
+                f"{path}: channel {channel.name} is at {channel.sampling_rate:g} Hz; "
+                f"{RATES[0]:g} to {RATES[1]:g} Hz is right"
+            )
+    return recording
 
 
 @contextmanager
