@@ -22,7 +22,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,15 +153,18 @@ class RayEngine:
         items = [{"job": pickle.dumps(job)} for job in jobs]
         pool = ray.data.ActorPoolStrategy
         with self._context(settings):
-            dataset = ray.data.from_items(items, override_num_blocks=min(len(items), READER_BLOCKS))
-            dataset = dataset.map_batches(
+            jobs_dataset = ray.data.from_items(
+                items, override_num_blocks=min(len(items), READER_BLOCKS)
+            )
+            prepared = jobs_dataset.map_batches(
                 Reader,
                 fn_constructor_args=(settings,),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=pool(size=min(self._reading, len(items))),
                 num_cpus=self._reader_cpus,
-            ).map_batches(
+            )
+            encoded = prepared.map_batches(
                 Encoder,
                 fn_constructor_args=(
                     self._load_models,
@@ -177,7 +180,10 @@ class RayEngine:
                 num_cpus=self._encoder_cpus,
                 num_gpus=int(self._gpu),
             )
-            batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+            batches = cast(
+                "Generator[pa.Table]",
+                iter(encoded.iter_batches(batch_size=None, batch_format="pyarrow")),
+            )
             seen: set[int] = set()
             try:
                 for batch in batches:
@@ -344,8 +350,9 @@ def _row(unit: PreparedUnit, arrays: Embeddings, seconds: float) -> pa.Table:
 
     dtype = arrays[0].dtype if len(arrays) else np.dtype(np.float32)
     header = pickle.dumps((unit, [array.shape for array in arrays], dtype.str, seconds))
-    joined = np.concatenate([array.reshape(-1) for array in arrays]) if len(arrays) else b""
-    data = pa.array([memoryview(joined).cast("B")], pa.large_binary())
+    flat = [array.reshape(-1) for array in arrays]
+    joined = np.concatenate(flat) if flat else np.empty(0, dtype)
+    data = pa.array([joined.view(np.uint8).data], pa.large_binary())
     return pa.table({"header": pa.array([header], pa.binary()), "data": data})
 
 
