@@ -7,7 +7,9 @@ a GPU can show is `python -m bench.gpu_check`.
 
 from __future__ import annotations
 
+import runpy
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -360,3 +362,24 @@ def test_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "load", lambda: (None, "it was not built"))
     with pytest.raises(UsageError, match="which cannot be used: it was not built"):
         select_backend("cuda", torch.device("cuda"))
+
+
+def test_setup_does_without_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No nvcc, one that fails, or one that is not wanted: `_C` is built without CUDA."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(Path(__file__).resolve().parent.parent / "setup.py"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("NORMWEAR_FAST_CUDA", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup["cuda_toolkit"](["c++"]) is None
+    assert capsys.readouterr().err == ""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: this one is broken' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    assert setup["cuda_toolkit"](["c++"]) is None
+    assert "this one is broken); building without CUDA" in capsys.readouterr().err
+    monkeypatch.setenv("NORMWEAR_FAST_CUDA", "0")
+    assert setup["cuda_toolkit"](["c++"]) is None
+    assert capsys.readouterr().err == ""
