@@ -2,8 +2,8 @@
 
     python tests/kills.py FOLDER RECORDINGS WORKERS,WORKERS,... KILLS SEED
 
-Each trial has an output of its own. Its run is killed with SIGKILL at a random moment, and killed again
-while it goes on in a third of the trials; then it is left to end. The last line printed is the outcome
+Each trial has an output of its own. Its run is killed with SIGKILL at a random moment, and up to twice
+more while it goes on; then it is left to end. The last line printed is the outcome
 as JSON: of each trial when its kills came, how much had been committed by then, and whether its rows
 are those of a run nobody disturbed. A run that ended before its kill does not count as one.
 """
@@ -142,7 +142,7 @@ class Trials:
             n = workers[len(trials) % len(workers)]
             output = self.folder / f"out{len(trials)}"
             at: list[dict[str, float]] = []
-            for _ in range(min(kills - done, self.chance.choice((1, 1, 2)))):
+            for _ in range(min(kills - done, self.chance.choice((1, 2, 3)))):
                 moment = self.chance.uniform(0, lasting[n])
                 pid = self._child(output, n)
                 time.sleep(moment)

@@ -341,6 +341,7 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "units_done": summary.units_done,
         "encoded_now": summary.encoded,
         "seconds": {stage: round(value, 3) for stage, value in summary.seconds.items()},
+        "device_busy": round(summary.device_busy, 4),
         "failed": summary.failed,
         "notes": {name: list(notes) for name, notes in summary.notes.items()},
         "weights": summary.weights,
@@ -393,7 +394,7 @@ def _time_lines(summary: Summary) -> list[str]:
     spent = ", ".join(f"{stage} {summary.seconds[stage]:.1f} s" for stage in stages)
     return [
         f"{wall:.1f} s, {summary.encoded / wall:,.1f} windows/s; side by side: {spent}; "
-        f"device busy {100 * min(1.0, summary.seconds['encode'] / wall):.0f} %"
+        f"device busy {100 * summary.device_busy:.0f} %"
     ]
 
 

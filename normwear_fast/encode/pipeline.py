@@ -124,6 +124,12 @@ class Summary:
     already_complete: bool = False
 
     @property
+    def device_busy(self) -> float:
+        """Part of this session's time in which the devices were encoding."""
+        wall = self.seconds.get("wall", 0.0)
+        return min(1.0, self.seconds["encode"] / wall) if wall else 0.0
+
+    @property
     def exit_code(self) -> int:
         if self.interrupted:
             return 130
@@ -149,7 +155,8 @@ Embeddings = Sequence[NDArray[Any]]
 """One a window whose status is "ok", in order."""
 
 Encoded = tuple[PreparedUnit, Embeddings, float]
-"""A unit (its data may be gone), its embeddings, and the seconds the model took."""
+"""A unit (its data may be gone), its embeddings, and the seconds that took of all devices: one second
+of one of two is half a second."""
 
 
 @dataclass(frozen=True)
