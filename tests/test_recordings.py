@@ -69,6 +69,41 @@ def write(path: Path, text: str) -> Path:
 # ---------------------------------------------------------------- WFDB
 
 
+@pytest.fixture(autouse=True)
+def _wfdb_reads_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These files are short: as it is, one read would serve all their blocks."""
+    monkeypatch.setattr("normwear_fast.recordings.wfdb.READ_VALUES", 1)
+
+
+@pytest.mark.parametrize("values", [1, 50_000, 1 << 20])
+def test_wfdb_reads_as_much_as_it_should(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    """However much is read at a time, blocks and samples are the same; reads are fewer."""
+    with open_recording(data_dir / "03700181.hea") as recording:
+        expected = list(recording.blocks([0, 1, 2], 20.3))
+    monkeypatch.setattr("normwear_fast.recordings.wfdb.READ_VALUES", values)
+    reads = 0
+    rdrecord = wfdb.rdrecord
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return rdrecord(*args, **options)
+
+    monkeypatch.setattr(wfdb, "rdrecord", counted)
+    with open_recording(data_dir / "03700181.hea") as recording:
+        blocks = list(recording.blocks([0, 1, 2], 20.3))
+    assert len(blocks) == len(expected)
+    for ours, theirs in zip(blocks, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    per_block = sum(len(channel) for channel in blocks[0])
+    at_once = max(1, values // per_block)
+    # Two skews: a block takes two reads, but for the last, which is beyond the skewed one's end.
+    assert -(-len(blocks) // at_once) <= reads <= 2 * -(-len(blocks) // at_once)
+
+
 @pytest.mark.parametrize("name", ["03700181", "a103l", "s0010_re"])
 def test_wfdb_equals_wfdb(data_dir: Path, name: str) -> None:
     expected = wfdb.rdrecord(str(data_dir / name), smooth_frames=False)
