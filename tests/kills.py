@@ -128,6 +128,16 @@ class Trials:
             os._exit(0)
         return pid
 
+    @staticmethod
+    def _ended(pid: int, seconds: float) -> bool:
+        """Whether a child ends by itself within so many seconds."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return True
+            time.sleep(min(left, 0.005))
+        return bool(os.waitpid(pid, os.WNOHANG)[0])
+
     def _time(self, workers: int, output: Path) -> float:
         """Of an undisturbed run with so many workers."""
         started = time.perf_counter()
@@ -137,19 +147,21 @@ class Trials:
     def run(self, workers: list[int], kills: int) -> list[dict[str, Any]]:
         lasting = {n: self._time(n, self.folder / f"timed{n}") for n in workers}
         trials: list[dict[str, Any]] = []
-        done = 0
+        done = tried = 0
         while done < kills:
             n = workers[len(trials) % len(workers)]
-            output = self.folder / f"out{len(trials)}"
+            output = self.folder / f"out{tried}"
+            tried += 1
             at: list[dict[str, float]] = []
             for _ in range(min(kills - done, self.chance.choice((1, 2, 3)))):
                 moment = self.chance.uniform(0, lasting[n])
                 pid = self._child(output, n)
-                time.sleep(moment)
+                if self._ended(pid, moment):  # before its kill
+                    break
                 os.kill(pid, signal.SIGKILL)
-                if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
-                    parts = len(list(output.glob("part-*")))
-                    at.append({"after_s": round(moment, 3), "parts": parts})
+                os.waitpid(pid, 0)
+                parts = len(list(output.glob("part-*")))
+                at.append({"after_s": round(moment, 3), "parts": parts})
             if not at:
                 continue
             assert os.waitpid(self._child(output, n), 0)[1] == 0
