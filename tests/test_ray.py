@@ -21,8 +21,8 @@ from test_zarr_output import content
 from normwear_fast import FastNormWear
 from normwear_fast.cli.main import main
 from normwear_fast.encode import encode_recordings, load_embeddings, pipeline
-from normwear_fast.encode.ray_engine import RayEngine, _check_same
-from normwear_fast.errors import NormWearError
+from normwear_fast.encode.ray_engine import RayEngine, _check_same, _failure
+from normwear_fast.errors import NormWearError, WeightsError
 
 pytest.importorskip("ray")
 
@@ -247,6 +247,20 @@ def test_a_model_elsewhere_that_differs_is_refused_by_node() -> None:
         _check_same(other, wanted, "1")
     for part in ("blas is other, elsewhere mkl", "version is 2", "weights' sha256 differs"):
         assert part in str(error.value)
+
+
+def test_what_a_worker_says_is_one_line() -> None:
+    class TaskError(Exception):
+        cause: Exception | None = None
+
+    error = TaskError(
+        "Traceback:\n  File x\nModuleNotFoundError: No module named 'normwear_fast'\n"
+    )
+    assert str(_failure(error)) == (
+        "a worker of the Ray cluster failed: ModuleNotFoundError: No module named 'normwear_fast'"
+    )
+    error.cause = WeightsError("w.pth: no such file")
+    assert _failure(error) is error.cause
 
 
 def test_actors_leave_a_part_of_every_core_to_readers() -> None:

@@ -112,10 +112,8 @@ class RayEngine:
         )
         try:
             self._model: ModelInfo = ray.get(probe.remote(load_models, threads, self._gpu))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, NormWearError):
-                raise error.cause from None
-            raise
+        except ray.exceptions.RayError as error:
+            raise _failure(error) from error
         return self._model
 
     def _connect(self) -> None:
@@ -195,6 +193,8 @@ class RayEngine:
                         yield unit, embeddings, seconds
                     if stopped():
                         return
+            except ray.exceptions.RayError as error:
+                raise _failure(error) from error
             finally:
                 batches.close()  # ends the actors
 
@@ -230,6 +230,17 @@ class RayEngine:
 
             ray.shutdown()
             self._connected = False
+
+
+def _failure(error: Exception) -> NormWearError:
+    """What went wrong in a worker: our own refusal as it was, else the last line of Ray's account."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, NormWearError):
+        return cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return NormWearError(
+        f"a worker of the Ray cluster failed: {lines[-1].strip() if lines else type(error).__name__}"
+    )
 
 
 def _default_threads() -> int:
