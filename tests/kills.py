@@ -2,8 +2,8 @@
 
     python tests/kills.py FOLDER RECORDINGS WORKERS,WORKERS,... KILLS SEED
 
-Each trial has an output of its own. Its run is killed with SIGKILL at a random moment, and up to twice
-more while it goes on; then it is left to end. The last line printed is the outcome
+Each trial has an output of its own. Its run is killed with SIGKILL at a random moment, and up to three
+times more while it goes on; then it is left to end. The last line printed is the outcome
 as JSON: of each trial when its kills came, how much had been committed by then, and whether its rows
 are those of a run nobody disturbed. A run that ended before its kill does not count as one.
 """
@@ -145,7 +145,7 @@ class Trials:
         return time.perf_counter() - started
 
     def run(self, workers: list[int], kills: int) -> list[dict[str, Any]]:
-        lasting = {n: self._time(n, self.folder / f"timed{n}") for n in workers}
+        lasting = {n: self._time(n, self.folder / f"timed{n}") for n in set(workers)}
         trials: list[dict[str, Any]] = []
         done = tried = 0
         while done < kills:
@@ -153,7 +153,7 @@ class Trials:
             output = self.folder / f"out{tried}"
             tried += 1
             at: list[dict[str, float]] = []
-            for _ in range(min(kills - done, self.chance.choice((1, 2, 3)))):
+            for _ in range(min(kills - done, self.chance.choice((2, 3, 4)))):
                 moment = self.chance.uniform(0, lasting[n])
                 pid = self._child(output, n)
                 if self._ended(pid, moment):  # before its kill
