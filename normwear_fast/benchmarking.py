@@ -168,7 +168,7 @@ def gemm_shapes(config: NormWearConfig, rows: int) -> dict[str, tuple[int, int, 
 def gemm_calls(
     config: NormWearConfig, rows: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[Callable[[], object], float]]:
-    """The four products of torch's library as (call, FLOPs), on operands of that dtype."""
+    """The four products of every library here as (call, FLOPs), on operands of that dtype."""
     calls: dict[str, tuple[Callable[[], object], float]] = {}
     for name, (m, n, k) in gemm_shapes(config, rows).items():
         a = torch.randn(m, k, device=device).to(dtype)
@@ -179,6 +179,38 @@ def gemm_calls(
             return torch.mm(a, b.T, out=out)
 
         calls[name] = (call, 2.0 * m * n * k)
+        if device.type == "cpu":
+            calls |= _other_libraries(name, a, b)
+    return calls
+
+
+def _other_libraries(
+    name: str, a: Tensor, b: Tensor
+) -> dict[str, tuple[Callable[[], object], float]]:
+    """The same product by oneDNN on a packed weight and by the native engine: the ceiling is the best."""
+    flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[0]
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    if torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, a.shape[0])
+
+        def onednn() -> object:
+            with torch.inference_mode():
+                return linear(a, packed, None, "none", [], "")
+
+        calls[f"{name} oneDNN"] = (onednn, flops)
+    from normwear_fast import native
+
+    if native.instruction_sets() and a.dtype in (torch.float32, torch.bfloat16):
+        kernels = native.kernels()
+        operand = native.OPERANDS[str(a.dtype).removeprefix("torch.")]
+        weight = native.pack(kernels, b, operand)
+        out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype)
+
+        def own() -> object:
+            return native.linear(kernels, a, weight, out)
+
+        calls[f"{name} native"] = (own, flops)
     return calls
 
 

@@ -56,6 +56,18 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in INSTRUCTION_SETS if module.kernels(name) is not None)
 
 
+def kernels(instruction_set: str | None = None) -> Any:
+    """The operators of an instruction set: by default the best, or ``NORMWEAR_FAST_ISA``'s."""
+    module, _ = _native.load()
+    present = instruction_sets()
+    name = instruction_set or os.environ.get("NORMWEAR_FAST_ISA") or present[0]
+    if module is None or name not in present:
+        raise UsageError(
+            f"instruction set {name!r} is not one this processor has; it has {', '.join(present)}"
+        )
+    return module.kernels(name)
+
+
 @cache
 def backend(instruction_set: str | None = None) -> Backend:
     """The native backend, by default for the best instruction set or ``NORMWEAR_FAST_ISA``'s.
@@ -69,22 +81,16 @@ def backend(instruction_set: str | None = None) -> Backend:
             f"backend 'native' needs normwear_fast._C ({why_not}); install a C++17 compiler and "
             "reinstall normwear-fast"
         )
-    present = instruction_sets()
-    name = instruction_set or os.environ.get("NORMWEAR_FAST_ISA") or present[0]
-    if name not in present:
-        raise UsageError(
-            f"instruction set {name!r} is not one this processor has; it has {', '.join(present)}"
-        )
-    kernels = module.kernels(name)
+    operations = kernels(instruction_set)
     return Backend(
         "native",
-        tokenize=partial(tokenize, kernels),
-        residual_norm=partial(residual_norm, kernels),
-        channel_attention=partial(channel_attention, kernels),
-        bias_gelu=partial(bias_gelu, kernels),
-        pool_norm=partial(pool_norm, kernels),
-        encoder=partial(NativeEncoder, kernels),
-        blas=f"normwear-fast {name}",
+        tokenize=partial(tokenize, operations),
+        residual_norm=partial(residual_norm, operations),
+        channel_attention=partial(channel_attention, operations),
+        bias_gelu=partial(bias_gelu, operations),
+        pool_norm=partial(pool_norm, operations),
+        encoder=partial(NativeEncoder, operations),
+        blas=f"normwear-fast {operations.name}",
     )
 
 
@@ -296,10 +302,11 @@ def _patch_matrix(kernels: Any, tokenizer: Tokenizer) -> Any:
     rows, scales = tokenizer.patch_size
     weight = tokenizer.patch_weight.view(-1, 3, rows, scales).permute(0, 2, 1, 3).flatten(2)
     step = -(-3 * scales // 4) * 4
-    return _pack(kernels, torch.nn.functional.pad(weight, (0, step - 3 * scales)).flatten(1), 0)
+    return pack(kernels, torch.nn.functional.pad(weight, (0, step - 3 * scales)).flatten(1), 0)
 
 
-def _pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) -> Any:
+def pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) -> Any:
+    """A weight (n, k) as the products take it: panels of outputs, k by k; see csrc/cpu/kernels.h."""
     weight = weight.float().contiguous()
     outputs, inputs = weight.shape
     return kernels.pack(
@@ -311,6 +318,43 @@ def _pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) 
         chunk=chunk or inputs,
         threads=torch.get_num_threads(),
     )
+
+
+def linear(
+    kernels: Any,
+    a: Tensor,
+    weight: Any,
+    c: Tensor,
+    *,
+    carried: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: bool = False,
+    eps: float = 0.0,
+    gelu: bool = False,
+    add: bool = False,
+) -> Tensor:
+    """c (+)= gelu?(norm?(a + carried) weight^T + bias), in one pass over a.
+
+    Args:
+        a: (rows, k) float32 or bfloat16, rows contiguous; ``norm`` takes all of a row.
+        weight: what `pack` made of (n, k).
+        c: (rows, n) float32 or bfloat16.
+        carried: (k,) float32, with ``norm``; bias: (n,) float32.
+    """
+    kernels.linear(
+        a=_view(a),
+        standardise=norm,
+        carried=_address(carried),
+        eps=eps,
+        weight=weight,
+        bias=_address(bias),
+        gelu=gelu,
+        accumulate=add,
+        c=_view(c),
+        rows=len(a),
+        threads=torch.get_num_threads(),
+    )
+    return c
 
 
 def tokenize(
@@ -363,17 +407,17 @@ class _Block:
     """A folded block with its matrices packed."""
 
     def __init__(self, kernels: Any, block: FoldedBlock, operand: int, last: bool) -> None:
-        pack = partial(_pack, kernels, operand=operand)
+        packed = partial(pack, kernels, operand=operand)
         width = block.proj.shape[0]
-        self.qkv = pack(block.qkv)
+        self.qkv = packed(block.qkv)
         self.qkv_bias = block.qkv_bias.float()
-        self.query = pack(block.qkv[:width]) if last else None
-        self.key_value = pack(block.qkv[width:]) if last else None
-        self.proj = pack(block.proj)
+        self.query = packed(block.qkv[:width]) if last else None
+        self.key_value = packed(block.qkv[width:]) if last else None
+        self.proj = packed(block.proj)
         self.proj_constant = block.proj_constant
-        self.fc1 = pack(block.fc1)
+        self.fc1 = packed(block.fc1)
         self.fc1_bias = block.fc1_bias
-        self.fc2 = pack(block.fc2, chunk=CHUNK)
+        self.fc2 = packed(block.fc2, chunk=CHUNK)
         self.fc2_constant = block.fc2_constant
         self.hidden = block.fc1.shape[0]
 
@@ -440,33 +484,8 @@ class NativeEncoder:
                 residual[cls] = fused - carried
         return self._pooled(residual, folded.carried[-1], sequences, pool)
 
-    def _linear(
-        self,
-        a: Tensor,
-        weight: Any,
-        c: Tensor,
-        *,
-        carried: Tensor | None = None,
-        bias: Tensor | None = None,
-        norm: bool = False,
-        gelu: bool = False,
-        add: bool = False,
-    ) -> Tensor:
-        """c (+)= gelu?(norm?(a + carried) weight^T + bias)."""
-        self.kernels.linear(
-            a=_view(a),
-            standardise=norm,
-            carried=_address(carried),
-            eps=self.folded.layer_eps,
-            weight=weight,
-            bias=_address(bias),
-            gelu=gelu,
-            accumulate=add,
-            c=_view(c),
-            rows=len(a),
-            threads=torch.get_num_threads(),
-        )
-        return c
+    def _linear(self, a: Tensor, weight: Any, c: Tensor, **options: Any) -> Tensor:
+        return linear(self.kernels, a, weight, c, eps=self.folded.layer_eps, **options)
 
     def _true_block(self, x: Tensor, block: _Block, groups: Segments) -> Tensor:
         """A block over true values (S, E), attending inside each group: the fusion of [CLS] rows."""

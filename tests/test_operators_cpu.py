@@ -249,13 +249,25 @@ def test_tokenize(name, method, width, patch, scales, rng):
 def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=False, gelu=False,
             start=None, threads=1):  # fmt: skip
     k = kernels(name)
-    packed = native._pack(k, w, native.OPERANDS[precision], chunk)
+    packed = native.pack(k, w, native.OPERANDS[precision], chunk)
     c = torch.full((len(a), len(w)), float("nan")) if start is None else start.clone()
-    k.linear(
-        a=native._view(a), standardise=norm, carried=native._address(carried), eps=EPS,
-        weight=packed, bias=native._address(bias), gelu=gelu, accumulate=start is not None,
-        c=native._view(c), rows=len(a), threads=threads,
-    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native.linear(
+            k,
+            a,
+            packed,
+            c,
+            carried=carried,
+            bias=bias,
+            norm=norm,
+            eps=EPS,
+            gelu=gelu,
+            add=start is not None,
+        )
+    finally:
+        torch.set_num_threads(before)
     return c
 
 
@@ -267,7 +279,7 @@ def test_linear(name, precision, n, k, rng):
     for rows in (1, 2, 13, int(rng.integers(15, 130))):
         a, w = strided(draw(rng, rows, k)), draw(rng, n, k, scale=k**-0.5)
         bias, start = draw(rng, n), draw(rng, rows, n)
-        tolerance = {"float32": 2e-6, "bfloat16": 2.5e-2, "int8": 0.15}[precision]
+        tolerance = {"float32": 6e-6, "bfloat16": 2.5e-2, "int8": 0.15}[precision]
         got = product(name, a, w, precision, chunk=704 if k > 704 else None, bias=bias, start=start)
         exact = a.double() @ w.double().T
         close(got, exact + bias.double() + start.double(), tolerance * max(1.0, exact.abs().max()))
@@ -308,14 +320,14 @@ def test_a_row_depends_on_itself_alone(name, precision, rng):
 @pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
 def test_a_chunk_that_cuts_a_packing_step_is_refused():
     with pytest.raises(ValueError, match="multiple of 16"):
-        native._pack(kernels("portable"), torch.zeros(8, 100), native.OPERANDS["int8"], 50)
+        native.pack(kernels("portable"), torch.zeros(8, 100), native.OPERANDS["int8"], 50)
 
 
 def test_a_matrix_of_another_instruction_set_is_refused():
     names = native.instruction_sets()
     if len(names) < 2:
         pytest.skip("not run: one instruction set only")
-    w = native._pack(kernels(names[0]), torch.zeros(8, 8), 0)
+    w = native.pack(kernels(names[0]), torch.zeros(8, 8), 0)
     a = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="another instruction set"):
         kernels(names[1]).linear(
