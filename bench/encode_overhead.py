@@ -87,8 +87,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     planned = default_tokens(settings, args.device)
     assert planned.unit_tokens is not None
     windows = args.units * max(1, planned.unit_tokens // WINDOW_TOKENS)
-    minutes = -(-windows * WINDOW // 60)
-    path = write_wfdb(folder, "recording", CHANNELS, "212", int(minutes))
+    path = write_wfdb(folder, "recording", CHANNELS, "212", windows * WINDOW / 60)
 
     warm = command(path, folder / "warm", settings, model, args.workers)
     units = [(windows, options) for windows, options, _, _ in model.calls]

@@ -63,7 +63,7 @@ def ecg_like(samples: int, channels: int) -> np.ndarray:
     return beats + 0.05 * np.random.default_rng(0).standard_normal((samples, channels))
 
 
-def write_wfdb(folder: Path, name: str, channels: int, storage: str, minutes: int) -> Path:
+def write_wfdb(folder: Path, name: str, channels: int, storage: str, minutes: float) -> Path:
     import wfdb
 
     wfdb.wrsamp(
