@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{'':26}{'windows/s':>10}{'GFLOP/s':>10}{'ratio':>16}{'mean cosine':>14}")
     for name, row in rows.items():
-        times = f"{row['ratio']:.2f} +- {row['ratio_spread']:.2f}"
+        against = f"{row['ratio']:.2f} +- {row['ratio_spread']:.2f}"
         print(
             f"{name:26}{row['channel_windows_per_s']:>10.3g}{row['gflops_per_s']:>10.4g}"
-            f"{times:>16}{row['mean_cosine']:>14.6f}"
+            f"{against:>16}{row['mean_cosine']:>14.6f}"
         )
     print("a window here is one channel of one window")
     return 0
