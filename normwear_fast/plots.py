@@ -11,16 +11,21 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.errors import InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PATCH_ROWS, SCALE_GROUPS = 9, 13
+"""Scalogram rows of a patch, and groups of scales."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _MARKERS = "os^Dv*P"
@@ -384,66 +389,107 @@ def embedding_map(
 # -- signals ---------------------------------------------------------------------------------------
 
 
-def relevance(
-    signal: NDArray[np.floating],
-    relevances: NDArray[np.floating],
-    *,
-    sampling_rate: float = 65.0,
-    channels: Sequence[str] | None = None,
-    title: str = "",
-) -> Figure:
-    """Relevance of each stretch of time, shaded behind the signal it belongs to.
+@dataclass(frozen=True)
+class RelevanceWindow:
+    """One window of a relevance picture.
 
     Args:
-        signal: (C, L) at `sampling_rate` Hz.
-        relevances: (C, T) of the tokens ([CLS], then 13 scales a time step), or (C, steps) of the
-            time steps alone; a step's relevance is the sum over its scales. A step is 9 samples.
+        start: seconds after the recording's start.
+        signal: (C, L) at 65 Hz, as the encoder got it.
+        relevance: (C, T) of its tokens, [CLS] first.
+        answer: shown above the window.
     """
-    signal = np.atleast_2d(np.asarray(signal, dtype=np.float64))
-    values = np.atleast_2d(np.asarray(relevances, dtype=np.float64))
-    count, length = signal.shape
-    steps = (length - 2) // 9  # 387 scalogram rows of 388 samples make 43 steps of 9
-    if values.shape[1] > 1 and (values.shape[1] - 1) % 13 == 0 and values.shape[1] > steps + 1:
-        values = values[:, 1:].reshape(count, -1, 13).sum(axis=2)
-    if len(values) != count or not 0 <= values.shape[1] - steps <= 1:
-        raise InputError(
-            f"relevance {np.shape(relevances)} over a signal {signal.shape}; (C, {1 + 13 * steps}) "
-            f"tokens or (C, {steps}) steps are right"
-        )
-    names = channels if channels is not None else [f"channel {i + 1}" for i in range(count)]
-    highest = float(values.max()) or 1.0
-    with _styled():
-        from matplotlib.colors import LinearSegmentedColormap
 
-        # No darker than this: the signal is drawn over it.
-        shades = LinearSegmentedColormap.from_list("relevance", ["#FFFFFF", "#FBC58A", "#E8792B"])
-        figure = _figure(9.0, 0.9 + 1.25 * count)
-        rows: Any = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-        # A row of the scalogram stands at the middle of its second difference, a sample later.
-        edges = (np.arange(values.shape[1] + 1) * 9 + 0.5) / sampling_rate
-        time = np.arange(length) / sampling_rate
-        for axes, series, row, name in zip(rows, signal, values, names, strict=True):
-            low, high = np.nanmin(series), np.nanmax(series)
-            margin = 0.08 * (high - low) or 1.0
-            image = axes.pcolormesh(
-                edges,
-                [low - margin, high + margin],
-                row[None],
-                cmap=shades,
-                vmin=0,
-                vmax=highest,
-                rasterized=True,
+    start: float
+    signal: NDArray[np.floating]
+    relevance: NDArray[np.floating]
+    answer: str = ""
+
+
+def relevance(
+    windows: Sequence[RelevanceWindow],
+    channels: Sequence[str] | None = None,
+    *,
+    title: str = "",
+) -> Figure:
+    """The relevance of every patch behind the signal it belongs to: a row a channel.
+
+    Colour is relevance over the window's mean: 1 is average, whatever the number of tokens. A patch is
+    9 scalogram rows by one of 13 groups of scales; row r stands at sample r + 1 of the window, the
+    middle of the second difference it is made of. [CLS] has no place in time and is left out.
+
+    Args:
+        windows: of one recording, in order; gaps between them stay empty.
+        channels: their names.
+        title: above the picture.
+
+    Raises:
+        InputError: no window, or relevance that is not of the signal's tokens.
+    """
+    if not windows:
+        raise InputError("a picture of relevance needs at least one window")
+    for window in windows:
+        count, length = window.signal.shape
+        tokens = [1 + SCALE_GROUPS * (rows // PATCH_ROWS) for rows in (length - 2, length - 1)]
+        if window.relevance.shape not in [(count, token) for token in tokens]:
+            raise InputError(
+                f"relevance {window.relevance.shape} over a signal {window.signal.shape}; "
+                f"({count}, {tokens[-1]}) tokens are right"
             )
-            axes.plot(time, series, color="#222222", lw=0.9)
-            axes.set_ylim(low - margin, high + margin)
-            axes.set_ylabel(name, rotation=0, ha="right", va="center")
-            axes.set_yticks([])
+    count = len(windows[0].signal)
+    names = channels if channels is not None else [f"channel {i + 1}" for i in range(count)]
+    ratios = [
+        window.relevance * (window.relevance.size / (float(window.relevance.sum()) or 1.0))
+        for window in windows
+    ]
+    spread = max(float(np.abs(ratio[:, 1:] - 1).max()) for ratio in ratios) or 1e-6
+    with _styled():
+        figure = _figure(11, 1.2 + 1.5 * count)
+        rows: Any = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+        for channel, (axes, name) in enumerate(zip(rows, names, strict=True)):
+            front = axes.twinx()
+            front.set_zorder(axes.get_zorder() + 1)
+            front.patch.set_visible(False)
+            for window, ratio in zip(windows, ratios, strict=True):
+                grid = ratio[channel, 1:].reshape(-1, SCALE_GROUPS).T
+                edges = (np.arange(grid.shape[1] + 1) * PATCH_ROWS + 0.5) / SAMPLING_RATE
+                mesh = axes.pcolormesh(
+                    window.start + edges,
+                    np.arange(SCALE_GROUPS + 1),
+                    grid,
+                    cmap="RdBu_r",
+                    vmin=1 - spread,
+                    vmax=1 + spread,
+                    alpha=0.75,
+                    rasterized=True,
+                    linewidth=0,
+                )
+                series = window.signal[channel]
+                times = window.start + np.arange(len(series)) / SAMPLING_RATE
+                front.plot(times, series, color="black", linewidth=0.9)
+                if channel == 0 and window.answer:
+                    axes.annotate(
+                        _shortened(window.answer, 60 // len(windows) + 8),
+                        (window.start + len(series) / SAMPLING_RATE / 2, 1.02),
+                        xycoords=axes.get_xaxis_transform(),
+                        ha="center",
+                        va="bottom",
+                        fontsize=8,
+                    )
+                axes.axvline(window.start, color="0.5", linewidth=0.6, linestyle=":")
+            axes.margins(x=0)
+            axes.set_ylabel(name)
+            axes.set_yticks([0, SCALE_GROUPS], ["fine", "coarse"], fontsize=7)
+            front.tick_params(labelsize=7)
         rows[-1].set_xlabel("time (s)")
-        rows[-1].set_xlim(0, length / sampling_rate)
-        figure.colorbar(image, ax=list(rows), label="relevance", pad=0.01)
         if title:
             figure.suptitle(title, fontsize=11)
+        figure.colorbar(mesh, ax=list(rows), label="relevance (1 = average)", pad=0.03)
     return figure
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(1, length - 1)].rstrip() + "…"
 
 
 def scalogram_mask(

@@ -54,7 +54,11 @@ def figures():
         "roc": plots.roc(truth, probability, classes),
         "pca": plots.embedding_map(clouds, ["ECG"] * 40 + ["PPG"] * 40 + ["EEG"] * 40),
         "tsne": plots.embedding_map(clouds, ["a"] * 60 + ["b"] * 60, method="tsne"),
-        "relevance": plots.relevance(signal, relevance, channels=["ECG", "PPG"], title="Stressed?"),
+        "relevance": plots.relevance(
+            [plots.RelevanceWindow(0.0, signal, relevance, "yes")],
+            ["ECG", "PPG"],
+            title="Stressed?",
+        ),
         "scalogram": plots.scalogram_mask(scalogram, mask),
     }
 
@@ -139,24 +143,23 @@ def test_pca_map_is_the_principal_plane(drawn):
     assert any("of variance" in text for text in texts(figure))
 
 
-def test_relevance_sums_the_scales_of_a_step(drawn):
-    signal = np.zeros((1, 390))
-    tokens = np.zeros((1, 560))
+def test_relevance_stands_where_its_patch_does(drawn):
+    tokens = np.full((1, 560), 0.5)
     tokens[0, 0] = 5  # [CLS] has no place in time
-    tokens[0, 1 + 13 * 10 + np.arange(13)] = 1 / 13
-    figure = plots.relevance(signal, tokens)
+    tokens[0, 1 + 13 * 10 + 4] = 2
+    window = plots.RelevanceWindow(12.0, np.zeros((1, 390)), tokens)
+    figure = plots.relevance([window])
     (mesh,) = figure.axes[0].collections
-    values = mesh.get_array().ravel()
-    assert len(values) == 43
-    assert values[10] == pytest.approx(1)
-    assert values.sum() == pytest.approx(1)
+    grid = mesh.get_array().reshape(13, 43)
+    assert np.unravel_index(grid.argmax(), grid.shape) == (4, 10)
+    assert grid[4, 10] == pytest.approx(2 / tokens.mean())
     edges = mesh.get_coordinates()[0, :, 0]
-    assert edges[10] == pytest.approx(90.5 / 65)
-    steps = plots.relevance(signal, values[None]).axes[0].collections[0].get_array().ravel()
-    np.testing.assert_allclose(steps, values)
-    assert {"ECG", "PPG", "Stressed?"} <= set(texts(drawn["relevance"]))
-    with pytest.raises(InputError, match="tokens or"):
-        plots.relevance(signal, np.zeros((1, 30)))
+    assert edges[10] == pytest.approx(12 + 90.5 / 65)
+    assert {"ECG", "PPG", "Stressed?", "yes"} <= set(texts(drawn["relevance"]))
+    with pytest.raises(InputError, match="tokens are right"):
+        plots.relevance([plots.RelevanceWindow(0.0, np.zeros((1, 390)), np.zeros((1, 30)))])
+    with pytest.raises(InputError, match="at least one"):
+        plots.relevance([])
 
 
 def test_the_mask_covers_its_patches():

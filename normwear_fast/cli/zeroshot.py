@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture",
         metavar="FILE",
-        help="relevance over the first minute of the first recording, .png, .svg or .pdf",
+        help="relevance over the first minute of the first recording, .png or .svg",
     )
     parser.add_argument("--json", action="store_true", help="results as JSON")
 
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--fusion is required with --random-weights")
     for name, path, endings in (
         ("--output", args.output, (".parquet",)),
-        ("--picture", args.picture, (".png", ".svg", ".pdf")),
+        ("--picture", args.picture, (".png", ".svg")),
     ):
         if path is not None and Path(path).suffix.lower() not in endings:
             raise UsageError(f"{name} {path}: must end in {' or '.join(endings)}")
@@ -246,7 +246,7 @@ class _Task:
 
     def draw(self, picture: str, source: Source) -> bool:
         """The recording's first minute of windows; False where none of them could be classified."""
-        from normwear_fast.zeroshot.picture import DrawnWindow, draw_relevance
+        from normwear_fast import plots
 
         shown: list[tuple[Window, NDArray[np.float32]]] = []
         group = next(self.prepared(source))
@@ -268,10 +268,11 @@ class _Task:
         relevance = self.classifier.relevance(kept, self.question)
         answers = self.classifier.predict_proba(kept, self.question, self.options)
         drawn = [
-            DrawnWindow(window.start, signal, tokens, self.options[int(answer.argmax())])
+            plots.RelevanceWindow(window.start, signal, tokens, self.options[int(answer.argmax())])
             for (window, signal), tokens, answer in zip(shown, relevance, answers, strict=True)
         ]
-        draw_relevance(picture, source.id, self.question, source.channels, drawn)
+        title = f"{source.id}: {self.question}"
+        plots.save(plots.relevance(drawn, source.channels, title=title), picture)
         return True
 
 
