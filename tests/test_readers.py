@@ -229,6 +229,7 @@ def test_an_error_in_a_stage_ends_the_run_and_keeps_what_is_whole(
     where: str, cohort_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
+    threads = threading.active_count()
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -247,7 +248,7 @@ def test_an_error_in_a_stage_ends_the_run_and_keeps_what_is_whole(
     common.run(cohort_folder, tmp_path / "out")
     common.run(cohort_folder, tmp_path / "undisturbed")
     assert common.rows(tmp_path / "out") == common.rows(tmp_path / "undisturbed")
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
 
 def test_stage_times_are_told(cohort_folder: Path, tmp_path: Path) -> None:
