@@ -24,7 +24,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
 BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
 """Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
-GPU, where 3 GB of activations keep 132 multiprocessors in full waves (not yet measured on one)."""
+GPU, about 3 GB of activations (a guess until one has run it)."""
 
 UNIT_BATCHES = 8
 """Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""
