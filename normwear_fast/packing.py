@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
@@ -53,6 +55,7 @@ class Segments:
         self.lengths = tuple(lengths)
         self.bounds = (0, *accumulate(self.lengths))
         self.device = device
+        self._tiles: dict[int, Tensor] = {}
 
     @classmethod
     def from_cu(cls, cu: Tensor) -> Segments:
@@ -69,10 +72,35 @@ class Segments:
     def total(self) -> int:
         return self.bounds[-1]
 
+    @property
+    def longest(self) -> int:
+        """Rows of the longest segment."""
+        return max(self.lengths, default=0)
+
     @cached_property
     def cu(self) -> Tensor:
         """(segments + 1,) int32 bounds on the device."""
         return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+
+    def tiles(self, block: int) -> Tensor:
+        """Runs of at most ``block`` rows that stay inside a segment: what a kernel's programs take.
+
+        Returns:
+            (n, 2) int32 on the device: the segment, and the run's first row within it. An entry of a
+            fixed-size table that stands for nothing has segment -1.
+        """
+        if block not in self._tiles:
+            table = segment_tiles(self.lengths, block)
+            self._tiles[block] = torch.from_numpy(table).to(self.device)
+        return self._tiles[block]
+
+
+def segment_tiles(lengths: Sequence[int], block: int) -> NDArray[np.int32]:
+    """(n, 2) int32: segment and first row within it of every run of at most ``block`` rows."""
+    counts = -(-np.asarray(lengths, dtype=np.int64) // block)
+    segment = np.repeat(np.arange(len(counts)), counts)
+    first = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack((segment, first * block), axis=1).astype(np.int32)
 
 
 def equal_runs(*axes: Segments) -> Iterator[tuple[int, int]]:

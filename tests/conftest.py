@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
+# Triton's kernels run on CPU tensors, interpreted; it looks when a kernel is defined. What compiles
+# them instead (bench/kernel_report.py) is tested in a process of its own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import numpy as np
 import pytest
 from hypothesis import settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from normwear_fast.packing import (
     equal_runs,
     plan_micro_batches,
     plan_units,
+    segment_tiles,
     window_tokens,
 )
 
@@ -73,3 +75,16 @@ def test_layout_of_a_ragged_batch():
     assert layout.cls_rows.tolist() == [0, 92, 184]
     again = Segments.from_cu(layout.sequences.cu)
     assert again.lengths == layout.sequences.lengths
+
+
+@given(st.lists(st.integers(0, 700), max_size=30), st.sampled_from([1, 16, 64, 128]))
+def test_tiles_cover_every_row_once(lengths, block):
+    table = segment_tiles(lengths, block)
+    rows = [
+        (segment, row)
+        for segment, first in table.tolist()
+        for row in range(first, min(first + block, lengths[segment]))
+    ]
+    assert rows == [(i, row) for i, length in enumerate(lengths) for row in range(length)]
+    assert all(first % block == 0 for _, first in table.tolist())
+    assert table.dtype == np.int32
