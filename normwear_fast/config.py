@@ -16,6 +16,9 @@ SAMPLING_RATE = 65.0
 MIN_SAMPLES = 11
 """The shortest series: 9 scalogram rows, one row of patches, in both scalograms."""
 
+FUSIONS = ("cls", "mean", "none")
+TOKENS = ("scalogram", "series")
+
 
 @dataclass(frozen=True)
 class NormWearConfig:
@@ -36,6 +39,14 @@ class NormWearConfig:
         pretrain_samples: samples the decoder reconstructs.
         pretrain_channels: channels the decoder reconstructs together.
         wavelet: PyWavelets name of a real mother wavelet; ``mexh`` is the Ricker wavelet.
+        fusion: what a fusion block joins channels by, :data:`FUSIONS`. ``cls``, the released one: it
+            runs over the channels' [CLS] tokens. ``mean``: over the mean of each channel's tokens.
+            Either way its outputs replace the [CLS] tokens. ``none``: there are no fusion blocks.
+        tokens: what a token is made from, :data:`TOKENS`. ``scalogram``, the released one: patches of
+            the scalogram. ``series``: ``patch_size[0]`` samples of the series itself, one column.
+
+    ``mean`` and ``series`` are the paper's ablations: they are pretrained and run by the plain
+    modules only.
 
     Source: Luo et al. 2026 (arXiv 2412.09758), section 3, and the released checkpoint's shapes.
     """
@@ -54,6 +65,8 @@ class NormWearConfig:
     pretrain_samples: int = 388
     pretrain_channels: int = 4
     wavelet: str = "mexh"
+    fusion: str = "cls"
+    tokens: str = "scalogram"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -82,6 +95,12 @@ class NormWearConfig:
                     f"NormWearConfig.{name} is {width}; it must be a multiple of 4 and of its "
                     f"{heads} heads"
                 )
+        for name, known in (("fusion", FUSIONS), ("tokens", TOKENS)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"NormWearConfig.{name} is {getattr(self, name)!r}; it must be one of "
+                    f"{', '.join(known)}"
+                )
         if self.num_scales % self.patch_size[1]:
             raise UsageError(
                 f"NormWearConfig.num_scales is {self.num_scales}; it must be a multiple of the "
@@ -108,7 +127,9 @@ class NormWearConfig:
 
     @property
     def grid_columns(self) -> int:
-        """Patches along the scale axis: 13 in the released model."""
+        """Patches along the scale axis: 13 in the released model, 1 where tokens are of the series."""
+        if self.tokens == "series":
+            return 1
         return self.num_scales // self.patch_size[1]
 
     @property
@@ -118,7 +139,7 @@ class NormWearConfig:
 
     def has_fusion(self, layer: int) -> bool:
         """Whether a fusion block follows encoder layer ``layer`` (counted from 0)."""
-        return layer % self.fusion_every == 0
+        return self.fusion != "none" and layer % self.fusion_every == 0
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

@@ -126,6 +126,12 @@ class FastNormWear(ReferenceNormWear):
 
             checkpoint = load_checkpoint(weight_path, config=config)
             config = checkpoint.config
+        if config is not None and (config.fusion == "mean" or config.tokens != "scalogram"):
+            raise UsageError(
+                f"{weight_path or 'config'}: fusion {config.fusion!r} on tokens of the "
+                f"{config.tokens}; the engine runs fusion 'cls' or 'none' on tokens of the scalogram "
+                "(pretrain.MaskedAutoencoder runs the paper's other variants)"
+            )
         # Parameters made in inference mode would have no version counter to watch.
         with torch.inference_mode(False):
             super().__init__(

@@ -67,12 +67,17 @@ class Block(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A block over each channel's tokens; where it has one, a fusion block over a window's [CLS]."""
+    """A block over each channel's tokens; where it has one, a fusion block over a window's channels.
+
+    The fusion block takes the channels' [CLS] tokens, or the mean of each channel's tokens where
+    ``config.fusion`` is ``mean``; its outputs become the [CLS] tokens.
+    """
 
     def __init__(self, config: NormWearConfig, layer: int) -> None:
         super().__init__()
         sizes = (config.embed_dim, config.num_heads, config.hidden_dim)
         self.variate_encoder = Block(*sizes)
+        self.fuses_mean = config.fusion == "mean"
         if config.has_fusion(layer):
             self.cls_fusion = Block(*sizes)
 
@@ -80,21 +85,28 @@ class EncoderLayer(nn.Module):
         """(B * C, T, E) -> (B * C, T, E), channels of a window adjacent."""
         x = self.variate_encoder(x)
         if "cls_fusion" in self._modules:
-            cls = x[:, 0].view(-1, channels, x.shape[-1])
-            fused = self.cls_fusion(cls).view(-1, 1, x.shape[-1])
+            each = x.mean(dim=1) if self.fuses_mean else x[:, 0]
+            fused = self.cls_fusion(each.view(-1, channels, x.shape[-1])).view(-1, 1, x.shape[-1])
             x = torch.cat((fused, x[:, 1:]), dim=1)
         return x
 
 
 class PatchEmbed(nn.Module):
-    """(S, 3, rows, scales) -> (S, 13 h, E), token 13 t + s; rows beyond 9 h are dropped."""
+    """(S, 3, rows, scales) -> (S, 13 h, E), token 13 t + s; rows beyond 9 h are dropped.
+
+    Where ``config.tokens`` is ``series``: (S, 1, samples) -> (S, samples // 9, E).
+    """
 
     def __init__(self, config: NormWearConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        self.proj: nn.Conv1d | nn.Conv2d
+        if config.tokens == "series":
+            self.proj = nn.Conv1d(1, config.embed_dim, config.patch_size[0], config.patch_size[0])
+        else:
+            self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
 
-    def forward(self, scalogram: Tensor) -> Tensor:
-        return self.proj(scalogram).flatten(2).transpose(1, 2)
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
 class SpatialReconstruction(nn.Module):
