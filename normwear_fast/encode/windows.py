@@ -116,7 +116,8 @@ def read_window_list(path: str | Path) -> WindowList:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such list of windows; name a CSV or Parquet file")
-    rows = _parquet_rows(path) if path.suffix.lower() in (".parquet", ".pq") else _csv_rows(path)
+    known = ("recording", "start_s", "duration_s", "end_s", "window_id")
+    rows = table_rows(path, lambda names: _check_columns(names, path), known)
     columns: dict[str, tuple[list[str], list[float], list[float]]] = {}
     seen: set[tuple[str, str]] = set()
     digest = hashlib.sha256()
@@ -164,31 +165,52 @@ def _check_columns(names: Iterable[str], path: Path) -> None:
         )
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def table_rows(
+    path: Path, check: Callable[[Iterable[str]], None], known: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV or Parquet table, each with the place to name in an error.
+
+    Args:
+        path: a Parquet file by its name, else CSV.
+        check: given the names of its columns before any row is read; raises what is wrong with them.
+        known: columns wanted of a Parquet file; all where None.
+
+    Raises:
+        UsageError: not such a file.
+    """
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return _parquet_rows(path, check, known)
+    return _csv_rows(path, check)
+
+
+def _csv_rows(
+    path: Path, check: Callable[[Iterable[str]], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             sample = file.readline()
             file.seek(0)
             delimiter = max(",;\t", key=sample.count)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            _check_columns(reader.fieldnames or (), path)
+            check(reader.fieldnames or ())
             for row in reader:
                 yield f"{path}, line {reader.line_num}", row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: not a CSV file of windows: {error}") from None
+        raise UsageError(f"{path}: not a CSV file: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(
+    path: Path, check: Callable[[Iterable[str]], None], known: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        _check_columns(file.schema_arrow.names, path)
-        known = ("recording", "start_s", "duration_s", "end_s", "window_id")
-        wanted = [name for name in file.schema_arrow.names if name in known]
+        check(file.schema_arrow.names)
+        wanted = [n for n in file.schema_arrow.names if known is None or n in known]
         number = 0
         for batch in file.iter_batches(columns=wanted):
             for row in batch.to_pylist():
