@@ -130,7 +130,7 @@ def test_ctrl_c_says_how_to_go_on(
             if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a second one would kill
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(encode_command, "_progress", Interrupting)
+    monkeypatch.setattr(encode_command, "make_progress", Interrupting)
     assert encode(*words) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_progress_lines_and_bar(
     said = capsys.readouterr().err
     assert "looked at 2 of 2 recordings" in said
     assert "3 of 3 windows, " in said
-    monkeypatch.setattr(encode_command, "_progress", encode_command._Bar)
+    monkeypatch.setattr(encode_command, "make_progress", encode_command._Bar)
     assert encode(recordings, "--weights", weights, "--output", tmp_path / "bar") == 0
     assert "3/3" in capsys.readouterr().err
 

@@ -228,7 +228,7 @@ def _encode(args: argparse.Namespace, settings: EncodeSettings, windows: WindowL
         resolve_precision(settings.precision, first)  # before anything is opened
         if workers is None:
             workers = 1 if first.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
-    progress = _progress()
+    progress = make_progress("encode")
     try:
         summary = encode_recordings(
             args.inputs,
@@ -401,8 +401,8 @@ def _time_lines(summary: Summary) -> list[str]:
 class _Lines:
     """Progress as plain lines on stderr, for logs."""
 
-    def __init__(self) -> None:
-        self.started = False
+    def __init__(self, verb: str) -> None:
+        self.started, self._verb = False, verb
         self._total = self._done = self._first = 0
         self._began = self._said = time.monotonic()
 
@@ -421,7 +421,11 @@ class _Lines:
         self._total, self._done, self._first = windows, done, done
         self._began = self._said = time.monotonic()
         before = f", {done:,} of them done already" if done else ""
-        print(f"encoding {windows:,} windows{before}", file=sys.stderr, flush=True)
+        print(
+            f"{self._verb.removesuffix('e')}ing {windows:,} windows{before}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def advance(self, windows: int) -> None:
         self._done += windows
@@ -445,8 +449,8 @@ class _Lines:
 class _Bar:
     """Progress as a bar on a terminal."""
 
-    def __init__(self) -> None:
-        self.started = False
+    def __init__(self, verb: str) -> None:
+        self.started, self._verb = False, verb
         self._bar: Any = None
 
     def surveyed(self, done: int, total: int) -> None:
@@ -461,7 +465,7 @@ class _Bar:
 
         self.started = True
         self.close()
-        self._bar = tqdm(total=windows, initial=done, unit="window", desc="encode")
+        self._bar = tqdm(total=windows, initial=done, unit="window", desc=self._verb)
 
     def advance(self, windows: int) -> None:
         self._bar.update(windows)
@@ -480,9 +484,10 @@ def _say_stopping() -> None:
     os.write(2, b"\nstopping after the current work unit; Ctrl-C again stops at once\n")
 
 
-def _progress() -> _Lines | _Bar:
-    return _Bar() if sys.stderr.isatty() else _Lines()
+def make_progress(verb: str) -> _Lines | _Bar:
+    """A bar on a terminal, else lines; ``verb`` is what is done to the windows."""
+    return _Bar(verb) if sys.stderr.isatty() else _Lines(verb)
 
 
 if TYPE_CHECKING:  # both fit what the engine expects
-    _shapes: tuple[Progress, Progress] = (_Lines(), _Bar())
+    _shapes: tuple[Progress, Progress] = (_Lines("encode"), _Bar("encode"))

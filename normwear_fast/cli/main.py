@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": ("normwear_fast.cli.plan", "windows, bytes and hours before a long run"),
     "report": ("normwear_fast.cli.report", "an HTML page of an encode output"),
     "bench": ("normwear_fast.cli.bench", "the throughput of this machine"),
+    "prepare": ("normwear_fast.cli.prepare", "recordings to shards for pretraining"),
     "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
     "probe": ("normwear_fast.cli.probe", "linear probing, and preparing the public sets"),
     "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 PATCHES = "patches.zarr"
 MANIFEST_FORMAT = "normwear-fast encode"
-_MANIFEST_NAMES = {"schema", "version", "run", "state", "started", "settings", "model", "inputs"}
+_MANIFEST_NAMES = frozenset(
+    {"schema", "version", "run", "state", "started", "settings", "model", "inputs"}
+)
 METADATA_KEY = b"normwear_fast"
 SCHEMA_VERSION = 1
 """Of the Parquet columns and of the JSON under ``METADATA_KEY``; raised when either changes."""
 
-_PART = re.compile(r"part-(\d{6,})\.parquet")
-_TEMPORARY = re.compile(r"\.(part-\d{6,}\.parquet|manifest\.json)\.tmp")
+_PART = re.compile(r"part-(\d{6,})\.(?:parquet|arrow)")
+_TEMPORARY = re.compile(r"\.(part-\d{6,}\.(?:parquet|arrow)|manifest\.json)\.tmp")
 _LOCK = ".lock"
 
 
@@ -181,12 +183,17 @@ class OutputFolder:
         OutputError: it cannot be made, another process writes to it, or it holds other things.
     """
 
+    command = "encode"
+    manifest_format = MANIFEST_FORMAT
+    manifest_names: frozenset[str] = _MANIFEST_NAMES
+    part_suffix = ".parquet"
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = -1
         self._made: list[Path] = []
 
-    def __enter__(self) -> OutputFolder:
+    def __enter__(self) -> Self:
         with writing(self.path):
             self._refuse_foreign()
             missing = [self.path, *self.path.parents]
@@ -218,7 +225,7 @@ class OutputFolder:
         if names and MANIFEST not in names:
             raise OutputError(
                 f"output {self.path} holds {names[0]}, but no {MANIFEST}: it is not an output of "
-                "encode; choose a new folder"
+                f"{self.command}; choose a new folder"
             )
 
     def _acquire(self) -> None:
@@ -267,7 +274,7 @@ class OutputFolder:
         """The manifest that is there, or None.
 
         Raises:
-            OutputError: it is damaged, or not one of encode.
+            OutputError: it is damaged, or not one of this command.
         """
         path = self.path / MANIFEST
         if not path.exists():
@@ -278,10 +285,10 @@ class OutputFolder:
             manifest = None
         if (
             not isinstance(manifest, dict)
-            or manifest.get("format") != MANIFEST_FORMAT
-            or not manifest.keys() >= _MANIFEST_NAMES
+            or manifest.get("format") != self.manifest_format
+            or not manifest.keys() >= self.manifest_names
         ):
-            raise OutputError(f"{path} is not a manifest of encode; choose a new folder")
+            raise OutputError(f"{path} is not a manifest of {self.command}; choose a new folder")
         return manifest
 
     def parts(self, run: str | None = None) -> list[Part]:
@@ -294,7 +301,6 @@ class OutputFolder:
             OutputError: a part that is damaged, or belongs to another run.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         parts = []
         for name in self._names():
@@ -302,8 +308,7 @@ class OutputFolder:
                 continue
             path = self.path / name
             try:
-                stored = pq.read_metadata(path).metadata or {}
-                metadata = json.loads(stored[METADATA_KEY])
+                metadata = json.loads(self._stored(path)[METADATA_KEY])
             except (pa.ArrowException, OSError, ValueError, KeyError):
                 raise OutputError(
                     f"{path} is damaged or not a part of this output; remove it and run again"
@@ -314,6 +319,12 @@ class OutputFolder:
                 )
             parts.append(Part(path, metadata))
         return parts
+
+    def _stored(self, path: Path) -> Mapping[bytes, bytes]:
+        """A part's own metadata."""
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(path).metadata or {}
 
     def clear(self) -> None:
         """Removes an earlier run: its parts first, its manifest last, and nothing else."""
@@ -332,7 +343,7 @@ class OutputFolder:
     def write_part(self, content: bytes) -> None:
         """Adds a part; when this returns it survives a power cut."""
         numbers = [int(found[1]) for name in self._names() if (found := _PART.fullmatch(name))]
-        self._write(f"part-{max(numbers, default=-1) + 1:06d}.parquet", content)
+        self._write(f"part-{max(numbers, default=-1) + 1:06d}{self.part_suffix}", content)
 
     def write_patches(self, files: Mapping[str, bytes]) -> None:
         """Puts files in their order into the Zarr store; when this returns they survive a power cut.

@@ -527,7 +527,7 @@ class _Run:
         jobs = plan_jobs(self.plan, self.done, self.settings, windows)
         try:
             with (
-                _graceful_stop(progress) as stopped,
+                graceful_stop(progress) as stopped,
                 contextlib.closing(engine.encode(jobs, self.settings, stopped)) as encoded,
             ):
                 for unit, embeddings, seconds in encoded:
@@ -633,7 +633,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _graceful_stop(progress: Progress) -> Iterator[Callable[[], bool]]:
+def graceful_stop(progress: Progress) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C (or SIGTERM) only asks to stop; a second one ends the process at once.
 
     An end at once is safe: to the output it is a kill like any other.
