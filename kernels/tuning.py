@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 
+from normwear_fast.kernels import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.mend()
+
 
 @dataclass(frozen=True)
 class Choice:

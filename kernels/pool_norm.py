@@ -1,0 +1,236 @@
+"""`pool_norm`: the final LayerNorm and the pooling, in one pass over the residual.
+
+Bytes only: 131,040 rows of 768 bfloat16 are 201 MB, 60 us at an H100's nominal 3.35 TB/s, and 1 GFLOP
+beside them is nothing. ``mean`` reads that and writes 0.7 MB; ``patch`` writes 403 MB of float32 as well;
+``cls`` touches a row a sequence. The affine part comes after the mean, once a sequence: LayerNorm's
+weight and bias are the same for every row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normwear_fast import operators
+from normwear_fast.kernels.tuning import Choice, Table, pick
+from normwear_fast.operators import Pool
+from normwear_fast.packing import Segments
+
+MEAN_CHOICES: Table = {
+    80: (
+        Choice({"BLOCK_ROWS": 16}, num_warps=16, num_stages=2),
+        Choice({"BLOCK_ROWS": 8}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_ROWS": 16}, num_warps=8, num_stages=2),
+        Choice({"BLOCK_ROWS": 32}, num_warps=16, num_stages=2),
+    ),
+}
+"""A program reads a whole sequence: what it has in flight is BLOCK_ROWS rows a stage, 24 KB of 16."""
+
+ROWS_CHOICES: Table = {
+    80: (
+        Choice({"BLOCK_ROWS": 4}, num_warps=4, num_stages=1),
+        Choice({"BLOCK_ROWS": 2}, num_warps=2, num_stages=1),
+        Choice({"BLOCK_ROWS": 8}, num_warps=8, num_stages=1),
+        Choice({"BLOCK_ROWS": 8}, num_warps=4, num_stages=1),
+    ),
+}
+"""A warp a row, or two."""
+
+
+@triton.jit
+def _standardised(x, inside, E: tl.constexpr, eps):
+    """Rows of x (BLOCK_ROWS, BLOCK_E) float32 with zero mean and unit variance, zero beyond E."""
+    mean = tl.sum(x, axis=1) / E
+    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / E
+    return centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
+
+
+@triton.jit
+def _loaded(
+    residual,  # (rows, E)
+    update,  # (rows, E) or None
+    carried,  # (E,) float32 or None
+    row,  # (BLOCK_ROWS,) int64
+    real,  # (BLOCK_ROWS,) bool
+    residual_stride,
+    update_stride,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(BLOCK_ROWS, BLOCK_E) float32: residual + update + carried, zero where there is nothing."""
+    column = tl.arange(0, BLOCK_E)
+    mask = real[:, None] & (column < E)[None, :]
+    x = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if update is not None:
+        at = update + row[:, None] * update_stride + column[None, :]
+        x += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if carried is not None:
+        x += tl.load(carried + column, mask=column < E, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def pool_mean_kernel(
+    residual,  # (tokens, E)
+    update,  # (tokens, E) or None
+    carried,  # (E,) float32 or None
+    weight,  # (E,) float32
+    bias,  # (E,) float32
+    cu,  # (S + 1,) int32
+    out,  # (S, E)
+    residual_stride,
+    update_stride,
+    eps,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a sequence: rows BLOCK_ROWS at a time, in order, so that the sum is always the same."""
+    sequence = tl.program_id(0)
+    first = tl.load(cu + sequence)
+    count = tl.load(cu + sequence + 1) - first
+    column = tl.arange(0, BLOCK_E)
+    inside = column < E
+    total = tl.zeros((BLOCK_ROWS, BLOCK_E), dtype=tl.float32)
+    for start in tl.range(0, count, BLOCK_ROWS, num_stages=STAGES):
+        offset = start + tl.arange(0, BLOCK_ROWS)
+        real = offset < count
+        row = first.to(tl.int64) + offset
+        x = _loaded(
+            residual, update, carried, row, real, residual_stride, update_stride, E, BLOCK_E
+        )
+        total += tl.where(real[:, None], _standardised(x, inside, E, eps), 0.0)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    shift = tl.load(bias + column, mask=inside, other=0.0)
+    pooled = tl.sum(total, axis=0) / tl.maximum(count, 1) * scale + shift
+    pooled = tl.where(count > 0, pooled, 0.0)
+    target = out + sequence.to(tl.int64) * E + column
+    tl.store(target, pooled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pool_rows_kernel(
+    residual,  # (tokens, E)
+    update,  # (tokens, E) or None
+    carried,  # (E,) float32 or None
+    weight,  # (E,) float32
+    bias,  # (E,) float32
+    cu,  # (S + 1,) int32: the first row of each sequence is taken; or None: every row
+    out,  # (count, E)
+    count,
+    residual_stride,
+    update_stride,
+    eps,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    written = index < count
+    real = written
+    row = index
+    if cu is not None:
+        row = tl.load(cu + index, mask=written, other=0)
+        real = written & (tl.load(cu + index + 1, mask=written, other=0) > row)
+    column = tl.arange(0, BLOCK_E)
+    inside = column < E
+    x = _loaded(
+        residual,
+        update,
+        carried,
+        row.to(tl.int64),
+        real,
+        residual_stride,
+        update_stride,
+        E,
+        BLOCK_E,
+    )
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    shift = tl.load(bias + column, mask=inside, other=0.0)
+    normed = _standardised(x, inside, E, eps) * scale[None, :] + shift[None, :]
+    if cu is not None:
+        normed = tl.where(real[:, None], normed, 0.0)
+    target = out + index.to(tl.int64)[:, None] * E + column[None, :]
+    tl.store(target, normed.to(out.dtype.element_ty), mask=written[:, None] & (column < E)[None, :])
+
+
+def pool_norm(
+    residual: Tensor,
+    carried: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    sequences: Segments,
+    pool: Pool,
+    *,
+    update: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`operators.pool_norm` in one launch; float64 weights run plain.
+
+    Args:
+        residual: (tokens, E) float32 or bfloat16, any row stride.
+        carried: (E,) float32 or None.
+        weight, bias: (E,) float32 of the norm.
+        eps: of the norm.
+        sequences: tokens of each sequence; one of zero tokens gets a row of zeros.
+        pool: ``mean``, ``cls`` or ``patch``.
+        update: (tokens, E) still to be added to the residual, or None.
+        out: contiguous buffer for the result in float32, bfloat16 or float16.
+
+    Returns:
+        ``out``, or a new float32 tensor: (S, E), or (tokens, E) for ``patch``.
+    """
+    if weight.dtype == torch.float64:
+        pooled = operators.pool_norm(
+            residual, carried, weight, bias, eps, sequences, pool, update=update
+        )
+        return pooled if out is None else out.copy_(pooled)
+    width = residual.shape[1]
+    count = len(residual) if pool == "patch" else len(sequences)
+    if out is None:
+        out = torch.empty((count, width), dtype=torch.float32, device=residual.device)
+    if count == 0:
+        return out
+    strides = (residual.stride(0), 0 if update is None else update.stride(0))
+    widths = {"E": width, "BLOCK_E": triton.next_power_of_2(width)}
+    case = f"{pool} {residual.dtype}"
+    with torch.cuda.device_of(residual):
+        if pool == "mean":
+            choice = pick("pool_norm", case, MEAN_CHOICES, residual.device)
+            pool_mean_kernel[(count,)](
+                residual,
+                update,
+                carried,
+                weight,
+                bias,
+                sequences.cu,
+                out,
+                *strides,
+                eps,
+                **widths,
+                STAGES=choice.num_stages,
+                **choice.launch(),
+            )
+        else:
+            choice = pick("pool_norm", case, ROWS_CHOICES, residual.device)
+            pool_rows_kernel[(triton.cdiv(count, choice.blocks["BLOCK_ROWS"]),)](
+                residual,
+                update,
+                carried,
+                weight,
+                bias,
+                sequences.cu if pool == "cls" else None,
+                out,
+                count,
+                *strides,
+                eps,
+                **widths,
+                **choice.launch(),
+            )
+    return out
