@@ -8,7 +8,10 @@ import torch
 from helpers import golden, golden_config, golden_weights
 
 from normwear_fast import scalogram
+from normwear_fast.config import NormWearConfig
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
+from normwear_fast.pretrain.masking import draw_noise, kept_patches
+from normwear_fast.pretrain.pixels import SeriesPatches, gather_patches, patch_pixels
 
 SCHEMES = ("random", "structured")
 
@@ -42,3 +45,15 @@ def test_golden(scheme, mode):
         wanted = arrays[name]
         got = parameters[name.removeprefix(f"{mode}_grad.")].grad.numpy()
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_patches_from_the_series(scheme):
+    """The product with one matrix against the scalogram's definition, over a block's border."""
+    config = NormWearConfig.small()
+    series = torch.randn(70, config.pretrain_samples)
+    kept = kept_patches(draw_noise(config, scheme, len(series)), scheme, config)
+    wanted = gather_patches(patch_pixels(scalogram(series[:, None], "conv")[:, 0], config), kept)
+    got = SeriesPatches(config)(series, kept)
+    assert got.shape == (70, 111 if scheme == "random" else 102, 135)
+    assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()

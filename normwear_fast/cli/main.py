@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("normwear_fast.cli.bench", "the throughput of this machine"),
     "prepare": ("normwear_fast.cli.prepare", "recordings to shards for pretraining"),
     "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
+    "pretrain": ("normwear_fast.cli.pretrain", "train a model on prepared series"),
     "probe": ("normwear_fast.cli.probe", "linear probing, and preparing the public sets"),
     "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),
     "zeroshot-train": ("normwear_fast.cli.zeroshot_train", "train the zero-shot fusion module"),

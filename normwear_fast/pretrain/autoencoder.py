@@ -15,14 +15,8 @@ from torch.nn import functional as F
 
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import InputError
-from normwear_fast.pretrain.masking import (
-    MaskScheme,
-    Noise,
-    draw_noise,
-    kept_counts,
-    kept_patches,
-    mask_of,
-)
+from normwear_fast.pretrain.masking import MaskScheme, Noise, draw_noise, kept_patches, mask_of
+from normwear_fast.pretrain.pixels import gather_patches, patch_pixels
 from normwear_fast.reference import ReferenceNormWear
 
 
@@ -49,6 +43,11 @@ class JoinedBatchNorm(nn.BatchNorm1d):
     BatchNorm1d itself.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, features, samples) -> the same."""
         joined = self.training and dist.is_available() and dist.is_initialized()
@@ -65,8 +64,6 @@ class JoinedBatchNorm(nn.BatchNorm1d):
         centred = values - mean[:, None]  # a second pass: no difference of large squares
         var = _SumOverProcesses.apply(centred.square().sum((0, 2))) / total
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None and self.momentum is not None
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * total / (total - 1), self.momentum)
@@ -89,7 +86,7 @@ class MaskedAutoencoder(ReferenceNormWear):
         self.spatial_recon.norm = norm
         self.patches = self.config.grid_tokens - 1
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         scalogram: Tensor,
         target: Tensor,
@@ -105,8 +102,8 @@ class MaskedAutoencoder(ReferenceNormWear):
             target: (B, C, 388), what to reconstruct.
             mask: ``random`` keeps 111 of the 559 patches of every channel, ``structured`` 17 patch rows
                 times 6 patch columns.
-            noise: the uniform draws the masks are made from, row b * C + c, float32 in [0, 1): (B C, 559),
-                or for ``structured`` the pair (B C, 43) and (B C, 13). None draws them.
+            noise: the uniform draws the masks are made from, row b * C + c, float32 in [0, 1):
+                (B C, 559), or for ``structured`` the pair (B C, 43) and (B C, 13). None draws them.
 
         Returns:
             The mean squared error over all samples; the reconstruction (B, C, 388); the masks (B C, 559),
@@ -168,27 +165,3 @@ class MaskedAutoencoder(ReferenceNormWear):
                 f"scalogram {tuple(scalogram.shape)} and target {tuple(target.shape)}; "
                 f"(B, {', '.join(map(str, wanted[1:]))}) and (B, {channels}, {samples}) are right"
             )
-
-
-def patch_pixels(scalogram: Tensor, config: NormWearConfig) -> Tensor:
-    """(S, 3, rows, scales), or (S, 1, samples) of the series -> (S, patches, pixels of a patch)."""
-    rows, scales = config.patch_size
-    if config.tokens == "series":
-        return scalogram[..., : config.grid_rows * rows].unflatten(2, (-1, rows)).flatten(0, 1)
-    x = scalogram.unflatten(3, (config.grid_columns, scales))
-    x = x.unflatten(2, (config.grid_rows, rows))  # (S, 3, t, row, s, scale)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def gather_patches(pixels: Tensor, kept: Tensor) -> Tensor:
-    """(S, patches, pixels) and (S, k) -> (S, k, pixels)."""
-    return pixels.gather(1, kept[:, :, None].expand(-1, -1, pixels.shape[2]))
-
-
-__all__ = [
-    "JoinedBatchNorm",
-    "MaskedAutoencoder",
-    "gather_patches",
-    "kept_counts",
-    "patch_pixels",
-]

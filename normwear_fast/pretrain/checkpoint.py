@@ -1,0 +1,76 @@
+"""What a run goes on from: everything that decides its next step, in one file that appears whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normwear_fast.errors import OutputError
+
+CHECKPOINT_FILE = "checkpoint.pt"
+FORMAT = "normwear-fast pretrain 1"
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes ``checkpoint.pt``: beside it first, synced, then renamed over the one before.
+
+    Args:
+        state: tensors and plain values in dicts and lists, nothing that unpickling would run.
+
+    Raises:
+        OutputError: the folder cannot be written; the checkpoint before it is whole.
+    """
+    path = folder / CHECKPOINT_FILE
+    temporary = path.with_name(f".{CHECKPOINT_FILE}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    # torch.save reports a full disk as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The state in ``checkpoint.pt`` on the CPU, or None where there is none.
+
+    Raises:
+        OutputError: a file that is none of ours, is damaged, or holds anything but plain values.
+    """
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file makes the reader raise almost anything.
+    except Exception:
+        raise OutputError(
+            f"{path}: not a checkpoint of pretrain, or damaged; nothing in it was run; "
+            "start anew with --overwrite or in another folder"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise OutputError(f"{path}: not a checkpoint of this version of pretrain")
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,90 @@
+"""A run's curves: one CSV row a step, and the same for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normwear_fast.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS_FILE = "steps.csv"
+PROBES_FILE = "probes.csv"
+TENSORBOARD = "tensorboard"
+PICTURES = "pictures"
+
+
+class Log:
+    """Writes curves; after a kill, rows beyond the checkpoint are dropped before it goes on.
+
+    Args:
+        folder: of the run.
+        step: steps done so far; rows of later ones are removed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                "pretraining needs tensorboard; pip install 'normwear-fast[train]'"
+            ) from None
+        self.folder = folder
+        for name in (STEPS_FILE, PROBES_FILE):
+            _keep_rows(folder / name, step)
+        self._board = SummaryWriter(
+            str(folder / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
+        )
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends a row, which has ``step``, to a CSV of that name."""
+        path = self.folder / name
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{path.stem}/{key}", value, int(row["step"]))
+
+    def picture(self, name: str, figure: Figure, step: int) -> Path:
+        """Saves a figure as a PNG, and shows it in TensorBoard."""
+        from normwear_fast import plots
+
+        path = plots.save(figure, self.folder / PICTURES / f"{name}-{step:06d}.png")
+        self._board.add_figure(name, figure, step)
+        return path
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV this module wrote; a last line that a kill cut short is not one."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def _keep_rows(path: Path, step: int) -> None:
+    """Rewrites a CSV without the rows after ``step``."""
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if int(row["step"]) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    os.replace(temporary, path)

@@ -1,0 +1,653 @@
+"""The pretraining loop: one process a device, exact resume, and never a NaN weight.
+
+Everything a step does is a function of the seed and the step's number: which series, how they are
+mixed, what is masked. A checkpoint therefore holds weights, moments and a step count, and a run that
+goes on after a kill takes, on a CPU with the same threads, the very steps it would have taken.
+
+    series (B, C, 388) --SeriesPatches--> kept pixels -> encoder -> decoder -> loss      a micro-batch
+    accumulate x processes micro-batches -> clip -> AdamW                                a step
+
+Source of the recipe: Luo et al. 2026 (arXiv 2412.09758), pretraining.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
+from normwear_fast.pretrain.checkpoint import load_checkpoint, save_checkpoint
+from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
+from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches
+from normwear_fast.pretrain.pixels import SeriesPatches
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from normwear_fast.evaluate.samples import SampleSet
+
+PUBLISHED_BATCH = 256
+"""Windows of a step the base learning rate is for."""
+
+MAX_SKIPPED = 50
+"""Steps in a row without a finite loss after which a run ends: it would never recover."""
+
+PICTURED = 2
+"""Windows whose reconstruction is drawn."""
+
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+
+
+class Shards(Protocol):
+    """What the trainer asks of its data; `data.SeriesShards` is the one on disk."""
+
+    def __len__(self) -> int: ...
+
+    def series(self, index: int) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What decides the weights a run ends in; a resumed run must agree in all of it.
+
+    Args:
+        steps: of the optimiser, over the whole run.
+        batch_size: windows of a micro-batch, on one device.
+        accumulate: micro-batches of a step, on one device.
+        mask: ``random`` or ``structured``, the better one in the paper.
+        mixup: whether a share of the series is mixed from two, as published.
+        base_learning_rate: of AdamW for 256 windows a step; scaled with the windows.
+        warmup: steps of linear warm-up; None is a tenth of ``steps``. Then half a cosine, to zero.
+        weight_decay: of AdamW, for weights of two or more dimensions; biases, norms and tokens have none.
+        clip: largest norm of a step's gradient.
+        precision: ``float32``, or ``bfloat16`` autocast with float32 weights.
+        seed: of initial weights, order, mixing and masks.
+    """
+
+    steps: int = 45_000
+    batch_size: int = 64
+    accumulate: int = 4
+    mask: str = "structured"
+    mixup: bool = True
+    base_learning_rate: float = 1e-3
+    warmup: int | None = None
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, right in (
+            ("steps", self.steps >= 1, ">= 1"),
+            ("batch_size", self.batch_size >= 1, ">= 1"),
+            ("accumulate", self.accumulate >= 1, ">= 1"),
+            ("mask", self.mask in SCHEMES, "random or structured"),
+            ("base_learning_rate", 0 < self.base_learning_rate < math.inf, "> 0"),
+            ("warmup", self.warmup is None or 0 <= self.warmup <= self.steps, "in 0..steps"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
+            ("clip", self.clip > 0, "> 0"),
+            ("precision", self.precision in _PRECISIONS, "float32 or bfloat16"),
+            ("seed", 0 <= self.seed < 2**63, "in 0..2^63-1"),
+        ):
+            if not fits:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be {right}")
+
+    def learning_rate(self, step: int, windows: int) -> float:
+        """Of step ``step``, counted from 0, with ``windows`` windows a step."""
+        peak = self.base_learning_rate * windows / PUBLISHED_BATCH
+        warmup = self.steps // 10 if self.warmup is None else self.warmup
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is carried out; may change when it goes on.
+
+    Args:
+        accelerator, devices, strategy: as of `lightning_fabric.Fabric`.
+        compile: whether torch.compile makes the encoder and decoder.
+        checkpoint_every, picture_every, probe_every: steps; 0 for never. A checkpoint is also written at
+            the end and on Ctrl-C.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    compile: bool = False
+    checkpoint_every: int = 200
+    picture_every: int = 500
+    probe_every: int = 1000
+
+
+@dataclass(frozen=True)
+class PretrainReport:
+    """What a run came to.
+
+    Args:
+        step: steps done.
+        steps: steps asked for.
+        loss: mean of the last steps' losses, at most 20.
+        skipped: steps without a finite loss and gradient, which changed nothing.
+        windows_per_second: over this call's steps, pictures and probes included.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    skipped: int
+    windows_per_second: float
+
+
+class TrainingStep(nn.Module):
+    """Series and noise to the loss: what a device does with a micro-batch, gradients apart.
+
+    Args:
+        model: trained.
+        scheme: of the masks.
+        compile: whether the encoder and decoder go through torch.compile.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, scheme: str, *, compile: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.scheme: Any = scheme
+        self.series_patches = SeriesPatches(model.config)
+        self._reconstruct = model.reconstruct
+        if compile:
+            self._reconstruct = torch.compile(model.reconstruct, dynamic=False)
+
+    def forward(self, series: Tensor, noise: Noise) -> Tensor:
+        """(B, C, samples) and its (B C) rows of noise -> the mean squared error."""
+        kept = kept_patches(noise, self.scheme, self.model.config)
+        pixels = self.series_patches(series.flatten(0, 1), kept)
+        return F.mse_loss(self._reconstruct(pixels, kept).float(), series)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of two or more dimensions, which decay; biases, norms and the two tokens, which do not."""
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
+    for value in model.parameters():
+        if value.requires_grad:
+            (decayed if value.squeeze().ndim >= 2 else free).append(value)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+class Order:
+    """Which series a step sees: epochs of all of them, each shuffled by the seed and its number."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def __call__(self, first: int, windows: int) -> NDArray[np.int64]:
+        """Indices of draws ``first .. first + windows - 1`` since the start of the run."""
+        found = np.empty(windows, np.int64)
+        for i, draw in enumerate(range(first, first + windows)):
+            epoch, position = divmod(draw, self.count)
+            if epoch != self._epoch:
+                generator = np.random.default_rng((self.seed, 0, epoch))
+                self._epoch, self._permutation = epoch, generator.permutation(self.count)
+            found[i] = self._permutation[position]
+        return found
+
+
+class _Batches:
+    """The micro-batches of this process, the next one made while the device works on this one."""
+
+    def __init__(self, shards: Shards, config: NormWearConfig, settings: PretrainSettings) -> None:
+        self.shards, self.config, self.settings = shards, config, settings
+        self._order = Order(len(shards), settings.seed)
+        self._thread = ThreadPoolExecutor(1, "batch")
+        self._next: tuple[int, Future[Tensor]] | None = None
+
+    def _make(self, number: int) -> Tensor:
+        from normwear_fast.pretrain.data import training_batch
+
+        size = self.settings.batch_size
+        batch = training_batch(
+            cast(Any, self.shards),
+            self._order(number * size, size),
+            channels=self.config.pretrain_channels,
+            samples=self.config.pretrain_samples,
+            mixup=self.settings.mixup,
+            rng=np.random.default_rng((self.settings.seed, 1, number)),
+        )
+        return torch.from_numpy(batch)
+
+    def get(self, number: int, following: int) -> Tensor:
+        """Micro-batch ``number`` of the run; starts on ``following``."""
+        if self._next is not None and self._next[0] == number:
+            batch = self._next[1].result()
+        else:
+            batch = self._thread.submit(self._make, number).result()
+        self._next = following, self._thread.submit(self._make, following)
+        return batch
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+def pretrain(
+    shards: Shards,
+    config: NormWearConfig,
+    settings: PretrainSettings,
+    output: str | Path,
+    *,
+    run: RunSettings | None = None,
+    initial: dict[str, Tensor] | None = None,
+    probe: SampleSet | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PretrainReport:
+    """Pretrains a masked autoencoder, or goes on with what is in ``output``.
+
+    Args:
+        shards: 65 Hz series, `data.SeriesShards`.
+        config: sizes and variants.
+        settings: what decides the weights.
+        output: folder of ``checkpoint.pt``, ``model.safetensors`` and ``config.json`` (released names),
+            ``steps.csv``, ``probes.csv``, ``pictures/`` and ``tensorboard/``.
+        run: how the run is carried out.
+        initial: released names to start from, decoder included; None for random ones by the seed.
+        probe: a labelled set, probed with the encoder's embeddings every ``probe_every`` steps.
+        overwrite: start anew where ``output`` holds another run.
+        say: told what is being done, a line at a time.
+
+    Raises:
+        UsageError: settings the data, the output or this machine cannot serve.
+        OutputError: the output cannot be written or goes on with other settings.
+        InputError: too many steps in a row without a finite loss.
+    """
+    run = run or RunSettings()
+    if len(shards) == 0:
+        raise UsageError("no series to train on; normwear-fast prepare makes some")
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        raise UsageError(
+            "pretraining needs lightning-fabric; pip install 'normwear-fast[train]'"
+        ) from None
+    try:
+        fabric = Fabric(
+            accelerator=run.accelerator,
+            devices=run.devices,
+            strategy=run.strategy,
+            precision=cast(Any, _PRECISIONS[settings.precision]),
+        )
+    # Fabric's own words, whatever class it chose for them.
+    except Exception as error:
+        raise UsageError(
+            f"devices {run.devices}, strategy {run.strategy}: {' '.join(str(error).split())}"
+        ) from None
+    task = _Task(shards, config, settings, Path(output), run, initial, probe, overwrite, say)
+    return cast(PretrainReport, fabric.launch(task))
+
+
+@dataclass
+class _Task:
+    """One process's part of a run; called by Fabric in each."""
+
+    shards: Shards
+    config: NormWearConfig
+    settings: PretrainSettings
+    output: Path
+    run: RunSettings
+    initial: dict[str, Tensor] | None
+    probe: SampleSet | None
+    overwrite: bool
+    say: Callable[[str], None]
+
+    def __call__(self, fabric: Fabric) -> PretrainReport:
+        settings, run = self.settings, self.run
+        if not fabric.is_global_zero:
+            self.say = lambda line: None
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be made ({error.strerror})") from None
+        windows = settings.batch_size * settings.accumulate * fabric.world_size
+        identity = self._identity(fabric.world_size)
+        state = None if self.overwrite else load_checkpoint(self.output)
+        fabric.barrier()
+        if state is not None:
+            _check_same(self.output, state["identity"], identity)
+
+        self.model = MaskedAutoencoder(
+            self.config, seed=settings.seed if self.initial is None else None
+        )
+        if self.initial is not None:
+            self.model.load_state_dict(self.initial, strict=True)
+        if fabric.device.type == "cpu":
+            from normwear_fast.benchmarking import set_allocator_thresholds
+
+            set_allocator_thresholds(2**30)
+        step_module = TrainingStep(self.model, settings.mask, compile=run.compile)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(step_module, settings.weight_decay),
+            lr=settings.learning_rate(0, windows),
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        module, optimizer = fabric.setup(step_module, optimizer)
+        module.train()
+        step, skipped = 0, 0
+        if state is not None:
+            self._restore(module, optimizer, state)
+            step, skipped = int(state["step"]), int(state["skipped"])
+            self.say(f"going on after step {step} of {settings.steps}")
+        log = Log(self.output, step) if fabric.is_global_zero else None
+        batches = _Batches(self.shards, self.config, settings)
+        losses: list[float] = []
+        in_a_row, first_step, began = 0, step, time.perf_counter()
+        try:
+            with _graceful_stop(self.say) as stopping:
+                while step < settings.steps:
+                    rate = settings.learning_rate(step, windows)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    started = time.perf_counter()
+                    loss, norm, stop = self._step(
+                        fabric, module, optimizer, batches, step, stopping
+                    )
+                    finite = math.isfinite(loss) and math.isfinite(norm)
+                    step += 1
+                    skipped += not finite
+                    in_a_row = 0 if finite else in_a_row + 1
+                    if finite:
+                        losses = [*losses[-19:], loss]
+                    if log is not None:
+                        row = {
+                            "step": step,
+                            "loss": loss,
+                            "learning_rate": rate,
+                            "gradient_norm": norm,
+                            "skipped": skipped,
+                            "windows_per_second": windows / (time.perf_counter() - started),
+                        }
+                        log.write(STEPS_FILE, row)
+                        self._tell(step, began, first_step, losses, rate, skipped)
+                    if in_a_row >= MAX_SKIPPED:
+                        raise InputError(
+                            f"steps {step - in_a_row + 1} to {step}: no finite loss or gradient; the "
+                            "weights before them are kept; a lower learning rate may help"
+                        )
+                    last = stop or step == settings.steps
+                    if last or _due(step, run.checkpoint_every):
+                        self._save(fabric, module, optimizer, step, skipped, identity)
+                    if _due(step, run.picture_every) and log is not None:
+                        self._picture(log, step, fabric.device)
+                    if self.probe is not None and _due(step, run.probe_every) and log is not None:
+                        self._probe(log, step)
+                    if stop:
+                        break
+                    module.train()
+        finally:
+            batches.close()
+            if log is not None:
+                log.close()
+        seconds = time.perf_counter() - began
+        return PretrainReport(
+            step=step,
+            steps=settings.steps,
+            loss=float(np.mean(losses)) if losses else math.nan,
+            skipped=skipped,
+            windows_per_second=(step - first_step) * windows / seconds,
+        )
+
+    def _step(
+        self,
+        fabric: Fabric,
+        module: Any,
+        optimizer: Any,
+        batches: _Batches,
+        step: int,
+        stopping: Callable[[], bool],
+    ) -> tuple[float, float, bool]:
+        """One step: the mean loss and gradient norm over all processes, and whether to stop."""
+        settings, rank, world = self.settings, fabric.global_rank, fabric.world_size
+        buffers = [(each, each.clone()) for each in self.model.spatial_recon.norm.buffers()]
+        total = torch.zeros((), device=fabric.device)
+        for i in range(settings.accumulate):
+            number = (step * settings.accumulate + i) * world + rank
+            series = batches.get(number, number + world)
+            if fabric.device.type == "cuda":
+                series = series.pin_memory()
+            series = series.to(fabric.device, non_blocking=True)
+            generator = torch.Generator(fabric.device)
+            generator.manual_seed(_seed_of(settings.seed, number))
+            noise = draw_noise(
+                self.config,
+                cast(Any, settings.mask),
+                len(series) * series.shape[1],
+                generator=generator,
+                device=fabric.device,
+            )
+            more = i + 1 < settings.accumulate
+            with fabric.no_backward_sync(module, enabled=more):
+                loss = module(series, noise) / settings.accumulate
+                fabric.backward(loss)
+            total += loss.detach()
+        norm = fabric.clip_gradients(
+            module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
+        )
+        assert norm is not None
+        facts = torch.stack((total, norm.to(total.dtype), total.new_tensor(float(stopping()))))
+        facts = cast(Tensor, fabric.all_reduce(facts, reduce_op="mean"))
+        mean_loss, mean_norm, stop = facts.tolist()
+        if math.isfinite(mean_loss) and math.isfinite(mean_norm):
+            optimizer.step()
+        else:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        optimizer.zero_grad(set_to_none=True)
+        return mean_loss, mean_norm, stop > 0
+
+    def _identity(self, world_size: int) -> dict[str, Any]:
+        """What a run that goes on must agree in."""
+        shown = np.linspace(0, len(self.shards) - 1, min(16, len(self.shards))).astype(int)
+        check = 0
+        for index in shown:
+            check = zlib.crc32(np.ascontiguousarray(self.shards.series(int(index))).data, check)
+        initial = 0
+        for name, value in (self.initial or {}).items():
+            initial = zlib.crc32(value.detach().cpu().contiguous().numpy().data, initial)
+            initial = zlib.crc32(name.encode(), initial)
+        return {
+            **{f"config.{name}": value for name, value in self.config.to_dict().items()},
+            **asdict(self.settings),
+            "processes": world_size,
+            "series": len(self.shards),
+            "series_crc32": check,
+            "initial_crc32": initial,
+        }
+
+    def _save(
+        self,
+        fabric: Fabric,
+        module: Any,
+        optimizer: Any,
+        step: int,
+        skipped: int,
+        identity: dict[str, Any],
+    ) -> None:
+        """The checkpoint, and the released layout beside it; all processes take part."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        from normwear_fast.weights import save_pretrained
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(
+            module._forward_module, optimizer.optimizer, options=options
+        )
+        if fabric.is_global_zero:
+            weights = {name.removeprefix("model."): value for name, value in weights.items()}
+            save_checkpoint(
+                self.output,
+                {
+                    "identity": identity,
+                    "step": step,
+                    "skipped": skipped,
+                    "model": weights,
+                    "optimizer": moments,
+                },
+            )
+            save_pretrained(
+                self.output,
+                cast(dict[str, Tensor], weights),
+                self.config,
+                optimized_cwt=True,
+                metadata={"source": "normwear-fast pretrain", "step": str(step)},
+            )
+        fabric.barrier()
+
+    def _restore(self, module: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        set_state_dict(
+            module._forward_module,
+            optimizer.optimizer,
+            model_state_dict={f"model.{name}": value for name, value in state["model"].items()},
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+
+    def _tell(
+        self,
+        step: int,
+        began: float,
+        first: int,
+        losses: Sequence[float],
+        rate: float,
+        skipped: int,
+    ) -> None:
+        steps = self.settings.steps
+        if step != first + 1 and step % max(1, min(50, steps // 20)) and step != steps:
+            return
+        each = (time.perf_counter() - began) / (step - first)
+        loss = f"{np.mean(losses):.5f}" if losses else "none yet"
+        extra = f", {skipped} skipped" if skipped else ""
+        self.say(
+            f"step {step} of {steps}: loss {loss}, learning rate {rate:.2e}, {each:.2f} s a step, "
+            f"{each * (steps - step) / 60:.0f} min to go{extra}"
+        )
+
+    @torch.no_grad()
+    def _picture(self, log: Log, step: int, device: torch.device) -> None:
+        """The same windows and masks every time, so that pictures show the training alone."""
+        from normwear_fast.pretrain.data import training_batch
+        from normwear_fast.pretrain.pictures import reconstruction_figure
+
+        count = min(PICTURED, len(self.shards))
+        series = training_batch(
+            cast(Any, self.shards),
+            Order(len(self.shards), self.settings.seed)(0, count),
+            channels=self.config.pretrain_channels,
+            samples=self.config.pretrain_samples,
+            mixup=False,
+            rng=np.random.default_rng((self.settings.seed, 2)),
+        )
+        target = torch.from_numpy(series).to(device)
+        generator = torch.Generator(device).manual_seed(_seed_of(self.settings.seed, 0))
+        scheme = cast(Any, self.settings.mask)
+        rows = target.shape[0] * target.shape[1]
+        noise = draw_noise(self.config, scheme, rows, generator=generator, device=device)
+        kept = kept_patches(noise, scheme, self.config)
+        self.model.eval()
+        pixels = SeriesPatches(self.config).to(device)(target.flatten(0, 1), kept)
+        found = self.model.reconstruct(pixels, kept).float().cpu().numpy()
+        hidden = _hidden_time(kept.cpu(), self.config).reshape(*found.shape[:2], -1)
+        log.picture("reconstruction", reconstruction_figure(series, found, hidden), step)
+
+    def _probe(self, log: Log, step: int) -> None:
+        """Scores of a linear probe on the encoder as it stands."""
+        from normwear_fast.evaluate.baselines import NormWear
+        from normwear_fast.evaluate.run import evaluate
+        from normwear_fast.model import FastNormWear
+
+        assert self.probe is not None
+        encoder = FastNormWear(True, config=self.config, precision="float32")
+        encoder.load_state_dict(self.model.state_dict())
+        embedder = NormWear(encoder.to(self.model.cls_token.device), f"step {step}")
+        rows = evaluate([self.probe], [embedder], resamples=0, seed=self.settings.seed).rows
+        scores = {f"{row.name} {row.task.name}": float(row.result.score) for row in rows}
+        log.write(PROBES_FILE, {"step": step, **scores})
+        shown = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        self.say(f"step {step}: probe {shown}")
+
+
+def _hidden_time(kept: Tensor, config: NormWearConfig) -> NDArray[np.float64]:
+    """(S, k) -> (S, rows): the share of each patch row that was removed."""
+    columns = config.grid_columns
+    mask = torch.ones(len(kept), config.grid_rows * columns).scatter_(1, kept, 0.0)
+    return mask.unflatten(1, (-1, columns)).mean(2).double().numpy()
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """A 63-bit seed of a micro-batch's masks."""
+    return int(np.random.SeedSequence((seed, 3, number)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differ = [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise OutputError(
+            f"{output}: holds another run ({'; '.join(differ)}); give its settings, "
+            "another folder, or --overwrite"
+        )
+
+
+@contextmanager
+def _graceful_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) asks to stop after this step; a second one ends at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        event.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        say("stopping after this step; once more to stop at once")
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, ask)
+    try:
+        yield event.is_set
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
