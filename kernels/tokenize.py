@@ -1,0 +1,477 @@
+"""`tokenize`: series to tokens in two launches; the scalogram stays in registers.
+
+Everything from a series to a token is linear. Token t of patch column f, whose 9 x 5 patch lies at scalogram
+rows 9 t .. 9 t + 8 and scales 5 f .. 5 f + 4, is
+
+    token = template + sum_c sum_(r, j) weight_c[:, (r, j)] * y_c[9 t + r, 5 f + j],
+    y_c[9 t + r, 5 f + j] = sum_k padded_c[9 t + k + shift_f] * filters_f[(r, j), k],
+
+where filters_f holds the five wavelets of the column nine times, each a sample further on. So one program
+takes BLOCK_M tokens of a column, reads rows that start 9 samples apart, and multiplies twice: by the filters
+(45 columns, 64 with padding), the result never leaving the chip, and by the patch weights. Tokens of all
+sequences that share filters stand together in the first dimension: no tile is half empty because a
+sequence has 43 rows of patches.
+
+Filters are cut where the wavelet is negligible. At the judged shape they have 4,200 taps over the 13 columns:
+1.6 MFLOP a row of patches for the first product and 3.8 for the second, of which the padding to 64 wastes
+3 in 10; 234 channels are 55 GFLOP, 140 us at an H100's 400 TFLOP/s of TF32. Memory sees 2.2 MB of padded
+series twice and 201 MB of tokens once, 60 us. One product with the weights convolved into the filters would
+be 192 GFLOP, and 38 MB of tables for every length in a cohort where this needs 0.8.
+
+Differences are formed in float32 and padded with zeros afterwards. For TF32 every operand is rounded to
+nearest here, because the tensor cores truncate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from normwear_fast import operators
+from normwear_fast.errors import InputError
+from normwear_fast.kernels.tuning import Choice, Table, pick
+from normwear_fast.operators import Tokenizer
+from normwear_fast.packing import Segments, segment_tiles, upload
+from normwear_fast.wavelets import ScalogramMethod, filter_widths, wavelet_bank
+
+InputPrecision = Literal["tf32", "ieee"]
+
+SERIES_CHOICES: Table = {80: (Choice({"BLOCK": 1024}, num_warps=4, num_stages=1),)}
+
+TF32_CHOICES: Table = {
+    80: (Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),),
+    90: (Choice({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),),
+}
+
+IEEE_CHOICES: Table = {
+    80: (Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2),),
+}
+
+NEGLIGIBLE = 1e-8
+"""Part of a wavelet's peak below which its tails are left out: a sixth of float32's rounding. For the
+Ricker wavelet that is beyond 6.7 scales."""
+
+TAPS_MULTIPLE = 32
+"""Filters are padded with zeros to a multiple of this: the largest BLOCK_K."""
+
+KEPT_FILTERS = 256
+"""Filters kept with a model's tables, one for every number of samples up to 640: 0.8 MB each at 390."""
+
+KEPT_PLANS = 64
+"""Plans of micro-batches kept with a model's tables: long runs repeat a handful of shapes."""
+
+
+@triton.jit
+def _to_tf32(x):
+    """To the nearest value of 10 bits of mantissa, ties away from zero."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def series_kernel(
+    series,  # (total samples,) float32
+    spans,  # (S, 8) int32: see Plan
+    templates,  # (template rows, E) float32
+    padded,  # (3, plane) float32
+    residual,  # (>= tokens, E)
+    plane,
+    residual_stride,
+    E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A series and its two differences, with zeros on either side; and the sequence's [CLS] row."""
+    span = spans + 8 * tl.program_id(0)
+    source = tl.load(span)
+    count = tl.load(span + 1)
+    target = tl.load(span + 2)
+    size = tl.load(span + 3)
+    lead = tl.load(span + 4)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = position - lead
+    inside = (n >= 0) & (n < count)
+    x0 = tl.load(series + source + n, mask=inside, other=0.0)
+    x1 = tl.load(series + source + n + 1, mask=inside, other=0.0)
+    x2 = tl.load(series + source + n + 2, mask=inside, other=0.0)
+    first = x2 - x1
+    second = first - (x1 - x0)
+    if PRECISION == "tf32":
+        x2 = _to_tf32(x2)
+        first = _to_tf32(first)
+        second = _to_tf32(second)
+    written = position < size
+    at = padded + target + position
+    tl.store(at, x2, mask=written)
+    tl.store(at + plane, first, mask=written)
+    tl.store(at + 2 * plane, second, mask=written)
+    if tl.program_id(1) == 0:
+        row = tl.load(span + 5).to(tl.int64) * residual_stride
+        template = tl.load(span + 6).to(tl.int64) * E
+        for start in tl.static_range(0, E, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(templates + template + column, mask=column < E)
+            tl.store(residual + row + column, value.to(residual.dtype.element_ty), mask=column < E)
+
+
+@triton.jit
+def _scalogram(
+    rows,  # (BLOCK_M,) pointers into one padded series
+    filters,  # (VALUES, taps) float32
+    taps,
+    VALUES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_V) scalogram values of a token's patch, zero beyond VALUES."""
+    k = tl.arange(0, BLOCK_K)
+    value = tl.arange(0, BLOCK_V)
+    a = rows[:, None] + k[None, :]
+    b = filters + value[None, :] * taps + k[:, None]
+    y = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
+    for _ in range(0, taps, BLOCK_K):
+        wavelets = tl.load(b, mask=(value < VALUES)[None, :], other=0.0)
+        y = tl.dot(tl.load(a), wavelets, y, input_precision=PRECISION)
+        a += BLOCK_K
+        b += BLOCK_K
+    if PRECISION == "tf32":
+        y = _to_tf32(y)
+    return y
+
+
+@triton.jit
+def tokens_kernel(
+    padded,  # (3, plane) float32
+    rows,  # (3, num_rows) int32: first sample, output row and template row of column 0
+    tiles,  # (num_tiles, 4) int32: first of rows, how many, which filters
+    columns,  # (filters, COLUMNS, 4) int64: address of (VALUES, taps) float32, shift, taps
+    weight,  # (3, E, BLOCK_V) float32
+    templates,  # (template rows, E) float32
+    residual,  # (>= tokens, E)
+    plane,
+    num_rows,
+    num_tiles,
+    residual_stride,
+    COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tokens of one patch column: BLOCK_M of them, of sequences that share filters."""
+    # The widest wavelets, which take longest, first: what is left at the end is short.
+    column = COLUMNS - 1 - tl.program_id(0) // num_tiles
+    tile = tiles + 4 * (tl.program_id(0) % num_tiles)
+    count = tl.load(tile + 1)
+    m = tl.arange(0, BLOCK_M)
+    # Past the last row that row again, so that no load of the loops needs a mask.
+    row = rows + tl.load(tile) + tl.minimum(m, count - 1)
+    entry = columns + (tl.load(tile + 2) * COLUMNS + column) * 4
+    filters = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16)
+    shift = tl.load(entry + 1).to(tl.int32)
+    taps = tl.multiple_of(tl.load(entry + 2).to(tl.int32), 32)
+
+    start = padded + tl.load(row) + shift
+    y0 = _scalogram(start, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+    y1 = _scalogram(start + plane, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+    y2 = _scalogram(start + 2 * plane, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+
+    written = (m < count)[:, None]
+    target = residual + (tl.load(row + num_rows) + column).to(tl.int64)[:, None] * residual_stride
+    template = templates + (tl.load(row + 2 * num_rows) + column).to(tl.int64)[:, None] * E
+    value = tl.arange(0, BLOCK_V)
+    for first in range(0, E, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        inside = (n < E)[None, :]
+        w = weight + n[None, :] * BLOCK_V + value[:, None]
+        tokens = tl.load(template + n[None, :], mask=inside, other=0.0)
+        w0 = tl.load(w, mask=inside, other=0.0)
+        w1 = tl.load(w + E * BLOCK_V, mask=inside, other=0.0)
+        w2 = tl.load(w + 2 * E * BLOCK_V, mask=inside, other=0.0)
+        tokens = tl.dot(y0, w0, tokens, input_precision=PRECISION)
+        tokens = tl.dot(y1, w1, tokens, input_precision=PRECISION)
+        tokens = tl.dot(y2, w2, tokens, input_precision=PRECISION)
+        tl.store(target + n[None, :], tokens.to(residual.dtype.element_ty), mask=written & inside)
+
+
+def tokenize(
+    residual: Tensor,
+    series: Tensor,
+    samples: Segments,
+    sequences: Segments,
+    tokenizer: Tokenizer,
+    *,
+    input_precision: InputPrecision | None = None,
+) -> None:
+    """`operators.tokenize` in two launches; float64 tables run plain.
+
+    Args:
+        residual: (>= tokens, E) float32 or bfloat16, overwritten.
+        series: (total samples,) float32.
+        samples: samples of each sequence, 11 or more.
+        sequences: tokens of each sequence.
+        tokenizer: tables of the model; what is made of them is kept in its ``prepared``.
+        input_precision: of both products: ``tf32`` or ``ieee``. By default TF32 for a bfloat16 residual,
+            and where torch's own float32 products use it.
+
+    Raises:
+        InputError: a series too short for a patch, or rows and series that do not fit one another.
+    """
+    if tokenizer.patch_weight.dtype == torch.float64:
+        operators.tokenize(residual, series, samples, sequences, tokenizer)
+        return
+    if len(residual) < sequences.total or len(samples) != len(sequences):
+        raise InputError(
+            f"tokenize: {len(residual)} rows and {len(samples)} series for {sequences.total} tokens of "
+            f"{len(sequences)} sequences"
+        )
+    if len(samples) == 0:
+        return
+    if input_precision is None:
+        rounded = residual.dtype == torch.bfloat16 or torch.backends.cuda.matmul.allow_tf32
+        input_precision = "tf32" if rounded else "ieee"
+    device, width = residual.device, residual.shape[1]
+    case = f"{residual.dtype} {input_precision}"
+    table = TF32_CHOICES if input_precision == "tf32" else IEEE_CHOICES
+    choice = pick("tokenize", case, table, device)
+    key = ("triton", device, input_precision)
+    if key not in tokenizer.prepared:
+        tokenizer.prepared[key] = Prepared(tokenizer, input_precision)
+    prepared: Prepared = tokenizer.prepared[key]
+    plan = prepared.plan(tokenizer, samples, sequences, choice.blocks["BLOCK_M"])
+    padded = torch.empty((3, plan.plane), dtype=torch.float32, device=device)
+    with torch.cuda.device_of(residual):
+        blocks = pick("tokenize series", "any", SERIES_CHOICES, device)
+        grid = (len(samples), triton.cdiv(plan.longest_span, blocks.blocks["BLOCK"]))
+        series_kernel[grid](
+            series,
+            plan.spans,
+            tokenizer.templates,
+            padded,
+            residual,
+            plan.plane,
+            residual.stride(0),
+            E=width,
+            PRECISION=input_precision,
+            **blocks.launch(),
+        )
+        num_tiles, columns = len(plan.tiles), plan.columns.shape[1]
+        tokens_kernel[(num_tiles * columns,)](
+            padded,
+            plan.rows,
+            plan.tiles,
+            plan.columns,
+            prepared.weight,
+            tokenizer.templates,
+            residual,
+            plan.plane,
+            plan.rows.shape[1],
+            num_tiles,
+            residual.stride(0),
+            COLUMNS=columns,
+            E=width,
+            VALUES=tokenizer.patch_size[0] * tokenizer.patch_size[1],
+            BLOCK_V=prepared.weight.shape[2],
+            PRECISION=input_precision,
+            **choice.launch(),
+        )
+
+
+def packed_weight(tokenizer: Tokenizer) -> Tensor:
+    """(E, 3 * values) patch weights as (3, E, BLOCK_V), zeros beyond a patch's values."""
+    width, values = len(tokenizer.patch_weight), tokenizer.patch_weight.shape[1] // 3
+    block = max(16, triton.next_power_of_2(values))
+    packed = tokenizer.patch_weight.new_zeros(3, width, block)
+    packed[:, :, :values] = tokenizer.patch_weight.view(width, 3, values).transpose(0, 1)
+    return packed
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to TF32's 10 bits of mantissa, to nearest, ties away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Wavelets of every patch column, once for each row of a patch, on the host.
+
+    Args:
+        taps: (total,) float32: for each column (values, its taps), taps contiguous.
+        columns: (columns, 3) int64: where a column starts in ``taps``; how far its first tap lies from
+            the first scalogram row of a token; its taps, a multiple of TAPS_MULTIPLE.
+    """
+
+    taps: NDArray[np.float32]
+    columns: NDArray[np.int64]
+
+    @property
+    def lead(self) -> int:
+        """Samples before a token's first row that the widest column reaches."""
+        return int(-self.columns[:, 1].min())
+
+    @property
+    def reach(self) -> int:
+        """Samples from a token's first row on that are read, padding included."""
+        return int((self.columns[:, 1] + self.columns[:, 2]).max())
+
+
+@lru_cache(maxsize=64)
+def column_filters(
+    length: int,
+    method: ScalogramMethod,
+    wavelet: str,
+    num_scales: int,
+    patch_size: tuple[int, int],
+) -> Filters:
+    """Filters where the longest wavelet has ``length`` taps, as `wavelets.filter_widths` says."""
+    bank = wavelet_bank(length, method, wavelet, num_scales)
+    centre, (patch_rows, size) = bank.shape[1] // 2, patch_size
+    parts, columns, first = [], [], 0
+    for column in range(num_scales // size):
+        wavelets = bank[column * size : (column + 1) * size]
+        matters = np.abs(wavelets) > NEGLIGIBLE * np.abs(wavelets).max(axis=1, keepdims=True)
+        (where,) = np.nonzero(matters.any(axis=0))
+        low, high = int(where[0]), int(where[-1]) + 1
+        taps = -(-(high - low + patch_rows - 1) // TAPS_MULTIPLE) * TAPS_MULTIPLE
+        part = np.zeros((patch_rows, size, taps), dtype=np.float32)
+        for row in range(patch_rows):
+            part[row, :, row : row + high - low] = wavelets[:, low:high]
+        parts.append(part.ravel())
+        columns.append((first, low - centre, taps))
+        first += part.size
+    return Filters(np.concatenate(parts), np.array(columns, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs besides the model's tables, made of the sequences' lengths alone.
+
+    Args:
+        spans: (S, 8) int32, a sequence each: first sample in the series; differenced samples; where its
+            padded series starts, and how long that is; zeros before it; its [CLS] row in the residual
+            and in the templates; 0.
+        rows: (3, rows of patches) int32: first sample in the padded series, row of column 0 in the
+            residual and in the templates. Sequences that share filters follow one another.
+        tiles: (n, 4) int32: first of ``rows``, how many, which filters, 0.
+        columns: (filters, columns, 4) int64: address, shift and taps of each column; 0.
+        filters: what the addresses point into.
+        plane: samples of the three padded series each.
+        longest_span: padded samples of a sequence at most.
+    """
+
+    spans: Tensor
+    rows: Tensor
+    tiles: Tensor
+    columns: Tensor
+    filters: tuple[Tensor, ...]
+    plane: int
+    longest_span: int
+
+
+class Prepared:
+    """What is kept of a model's tables on a device, for one precision of the products."""
+
+    def __init__(self, tokenizer: Tokenizer, input_precision: InputPrecision) -> None:
+        self.rounded = input_precision == "tf32"
+        weight = packed_weight(tokenizer)
+        self.weight = to_tf32(weight) if self.rounded else weight
+        """(3, E, BLOCK_V)."""
+        self._filters: dict[int, tuple[Filters, Tensor]] = {}
+        self._plans: dict[object, Plan] = {}
+
+    def plan(
+        self, tokenizer: Tokenizer, samples: Segments, sequences: Segments, block: int
+    ) -> Plan:
+        """The plan for these lengths in tiles of ``block`` rows of patches."""
+        key = (samples.lengths, sequences.lengths, tokenizer.token_counts, block)
+        if key not in self._plans:
+            if len(self._plans) >= KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = self._made(tokenizer, samples, sequences, block)
+        return self._plans[key]
+
+    def _filters_of(self, tokenizer: Tokenizer, length: int) -> tuple[Filters, Tensor]:
+        if length not in self._filters:
+            if len(self._filters) >= KEPT_FILTERS:
+                del self._filters[next(iter(self._filters))]
+                self._plans.clear()  # they hold filters too
+            host = column_filters(
+                length,
+                tokenizer.method,
+                tokenizer.wavelet,
+                tokenizer.num_scales,
+                tokenizer.patch_size,
+            )
+            taps = upload(host.taps, self.weight.device)
+            self._filters[length] = host, to_tf32(taps) if self.rounded else taps
+        return self._filters[length]
+
+    def _made(
+        self, tokenizer: Tokenizer, samples: Segments, sequences: Segments, block: int
+    ) -> Plan:
+        device, patch_rows = self.weight.device, tokenizer.patch_size[0]
+        num_columns = tokenizer.num_scales // tokenizer.patch_size[1]
+        height = (np.asarray(sequences.lengths) - 1) // num_columns
+        if height.min() < 1:
+            raise InputError(
+                f"tokenize: a series of {min(samples.lengths)} samples has no row of patches"
+            )
+        count = np.asarray(samples.lengths) - 2
+        longest = [
+            int(filter_widths(int(n), tokenizer.method, tokenizer.num_scales).max()) for n in count
+        ]
+        lengths, which = np.unique(longest, return_inverse=True)
+        filters = [self._filters_of(tokenizer, int(length)) for length in lengths]
+        lead = np.array([host.lead for host, _ in filters])[which]
+        reach = np.array([host.reach for host, _ in filters])[which]
+        span = lead + patch_rows * (height - 1) + reach
+        span = -(-span // 16) * 16
+        padded = np.cumsum(span) - span
+        cls_row = np.asarray(sequences.bounds[:-1])
+        template = np.array([tokenizer.template_start(tokens) for tokens in sequences.lengths])
+        spans = np.stack(
+            (samples.bounds[:-1], count, padded, span, lead, cls_row, template, 0 * span), axis=1
+        )
+
+        order = np.argsort(which, kind="stable")
+        sequence = np.repeat(order, height[order])
+        first = np.cumsum(height[order]) - height[order]
+        t = np.arange(len(sequence)) - np.repeat(first, height[order])
+        rows = np.stack(
+            (
+                (padded + lead)[sequence] + patch_rows * t,
+                cls_row[sequence] + 1 + num_columns * t,
+                template[sequence] + 1 + num_columns * t,
+            )
+        )
+        shared = np.bincount(which, weights=height).astype(np.int64)
+        tile = segment_tiles(shared.tolist(), block).astype(np.int64)
+        begin = (np.cumsum(shared) - shared)[tile[:, 0]] + tile[:, 1]
+        size = np.minimum(shared[tile[:, 0]] - tile[:, 1], block)
+        tiles = np.stack((begin, size, tile[:, 0], 0 * size), axis=1)
+        columns = np.zeros((len(filters), num_columns, 4), dtype=np.int64)
+        for i, (host, taps) in enumerate(filters):
+            columns[i, :, :3] = host.columns
+            columns[i, :, 0] = taps.data_ptr() + taps.element_size() * host.columns[:, 0]
+        return Plan(
+            spans=upload(spans.astype(np.int32), device),
+            rows=upload(rows.astype(np.int32), device),
+            tiles=upload(tiles.astype(np.int32), device),
+            columns=upload(columns, device),
+            filters=tuple(taps for _, taps in filters),
+            plane=int(span.sum()),
+            longest_span=int(span.max()),
+        )

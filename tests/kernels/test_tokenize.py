@@ -1,0 +1,194 @@
+"""tokenize in Triton, interpreted, against its definition in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from normwear_fast import operators
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import InputError
+from normwear_fast.kernels.tokenize import column_filters, tokenize
+from normwear_fast.operators import Tokenizer
+from normwear_fast.packing import Segments, sequence_tokens
+from normwear_fast.wavelets import wavelet_bank
+
+CPU = torch.device("cpu")
+RELEASED = NormWearConfig()
+
+
+def batch(rng, lengths, method, width, config=RELEASED, wavelet="mexh"):
+    """Tables, a series of drifting values, and where its sequences stand."""
+    tokens = [sequence_tokens(length, method, config) for length in lengths]
+    counts = tuple(sorted(set(tokens)))
+    values = 3 * config.patch_size[0] * config.patch_size[1]
+
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    tokenizer = Tokenizer(
+        patch_weight=draw(width, values) / values**0.5,
+        templates=draw(sum(counts), width),
+        token_counts=counts,
+        patch_size=config.patch_size,
+        num_scales=config.num_scales,
+        method=method,
+        wavelet=wavelet,
+    )
+    series = draw(sum(lengths)).cumsum(0) * 0.1
+    return tokenizer, series, Segments(lengths, CPU), Segments(tokens, CPU)
+
+
+def defined(tokenizer, series, samples, sequences) -> torch.Tensor:
+    """The definition in float64."""
+    wide = dataclasses.replace(
+        tokenizer,
+        patch_weight=tokenizer.patch_weight.double(),
+        templates=tokenizer.templates.double(),
+        prepared={},
+    )
+    width = len(tokenizer.patch_weight)
+    rows = torch.empty(sequences.total, width, dtype=torch.float64)
+    operators.tokenize(rows, series, samples, sequences, wide)
+    return rows
+
+
+def check(batch, dtype, **options) -> None:
+    tokenizer, series, samples, sequences = batch
+    width = len(tokenizer.patch_weight)
+    exact = defined(*batch)
+    rows = torch.full((sequences.total + 3, width), torch.nan, dtype=dtype)
+    tokenize(rows, series, samples, sequences, tokenizer, **options)
+    assert rows[sequences.total :].isnan().all()  # the tail is not the tokenizer's
+    rows = rows[: sequences.total]
+    precision = options.get("input_precision")
+    rounded = precision == "tf32" or (precision is None and dtype == torch.bfloat16)
+    # float32 sums of up to 640 products, then 135; TF32's 10 bits; bfloat16 rows, which the
+    # interpreter truncates.
+    bound = float(exact.abs().max()) * (2e-6 + (2**-10 if rounded else 0))
+    bound = bound + (exact.abs() * 2**-7 if dtype == torch.bfloat16 else 0)
+    assert not rows.isnan().any()
+    worst = ((rows.double() - exact).abs() - bound).max()
+    assert worst <= 0, f"{float(worst):.3g} over the bound"
+
+
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"input_precision": "tf32"}),
+        (torch.bfloat16, {}),
+    ],
+    ids=["float32", "float32-tf32", "bfloat16"],
+)
+def test_parity_over_ragged_lengths(method, dtype, options):
+    """Lengths around a patch, the filters' longest and the released one; equal ones apart."""
+    rng = np.random.default_rng()
+    lengths = [390, 11, 12, 390, 18, 19, 20, int(rng.integers(21, 640)), 65]
+    lengths += [int(n) for n in rng.choice([641, 642, 643, 644, 700], 1)]
+    check(
+        batch(rng, [lengths[i] for i in rng.permutation(len(lengths))], method, 64),
+        dtype,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("length", [640, 641, 642, 643])
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+def test_parity_around_the_longest_filter(method, length):
+    check(batch(np.random.default_rng(), [length], method, 16), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "wavelet", "width"),
+    [
+        (NormWearConfig(num_scales=30, patch_size=(4, 3)), "mexh", 36),
+        (NormWearConfig(num_scales=10), "gaus1", 100),
+    ],
+)
+def test_other_patches_wavelets_and_widths(config, wavelet, width):
+    rng = np.random.default_rng()
+    check(batch(rng, [40, 77, 40], "conv", width, config, wavelet), torch.float32)
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    rng = np.random.default_rng()
+    tokenizer, series, samples, sequences = batch(rng, [30, 41, 30], "conv", 16)
+    series[30:71] = torch.nan
+    rows = torch.zeros(sequences.total, 16)
+    tokenize(rows, series, samples, sequences, tokenizer)
+    first, last = sequences.bounds[1:3]
+    assert rows[:first].isfinite().all()
+    assert rows[last:].isfinite().all()
+    assert rows[first + 1 : last].isnan().all()
+
+
+def test_residual_of_any_row_stride_and_templates_of_other_counts():
+    rng = np.random.default_rng()
+    both = batch(rng, [30, 60], "conv", 32)
+    tokenizer = both[0]
+    one = (tokenizer, both[1][30:], Segments([60], CPU), Segments(both[3].lengths[1:], CPU))
+    wide = torch.full((one[3].total, 40), torch.nan)
+    tokenize(wide[:, :32], one[1], one[2], one[3], tokenizer)
+    assert wide[:, 32:].isnan().all()
+    torch.testing.assert_close(wide[:, :32].double(), defined(*one), rtol=0, atol=2e-5)
+
+
+def test_filters_keep_what_matters():
+    """Every column's filters, summed back over a patch's rows, are the bank's wavelets."""
+    bank, found = wavelet_bank(388, "conv"), column_filters(388, "conv", "mexh", 65, (9, 5))
+    total = 0
+    for column, (first, shift, taps) in enumerate(found.columns):
+        part = found.taps[first : first + 45 * taps].reshape(9, 5, taps)
+        total += taps
+        for row in range(9):
+            low = shift + 194
+            kept = np.zeros((5, 388 + taps))
+            kept[:, low : low + taps - row] = part[row, :, row:]
+            assert not part[row, :, :row].any()
+            wavelets = bank[5 * column : 5 * column + 5]
+            error = np.abs(kept[:, :388] - wavelets).max(axis=1) / np.abs(wavelets).max(axis=1)
+            assert error.max() < 1e-7
+    assert total < 4500  # the whole bank would be 13 * 396
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    from normwear_fast.kernels import tokenize as module
+
+    monkeypatch.setattr(module, "KEPT_FILTERS", 3)
+    monkeypatch.setattr(module, "KEPT_PLANS", 2)
+    rng = np.random.default_rng()
+    tables = batch(rng, list(range(11, 20)), "scipy", 16)[0]
+    for length in (11, 12, 13, 14, 11, 15):
+        one = batch(rng, [length], "scipy", 16)
+        tokenizer = dataclasses.replace(one[0], prepared=tables.prepared)
+        check(
+            (dataclasses.replace(tokenizer, patch_weight=tables.patch_weight), *one[1:]),
+            torch.float32,
+        )
+    (kept,) = tables.prepared.values()
+    assert len(kept._filters) <= 3
+    assert len(kept._plans) <= 2
+
+
+def test_what_does_not_fit_is_an_error():
+    tokenizer, series, samples, sequences = batch(np.random.default_rng(), [20, 30], "conv", 16)
+    with pytest.raises(InputError, match="rows and 2 series for"):
+        tokenize(torch.empty(5, 16), series, samples, sequences, tokenizer)
+    short = Segments([5], CPU), Segments([1], CPU)
+    with pytest.raises(InputError, match="5 samples has no row of patches"):
+        tokenize(torch.empty(1, 16), series[:5], *short, tokenizer)
+
+
+def test_float64_runs_plain():
+    one = batch(np.random.default_rng(), [20, 30], "conv", 16)
+    wide = dataclasses.replace(
+        one[0], patch_weight=one[0].patch_weight.double(), templates=one[0].templates.double()
+    )
+    rows = torch.empty(one[3].total, 16, dtype=torch.float64)
+    tokenize(rows, *one[1:], wide)
+    assert torch.equal(rows, defined(*one))
