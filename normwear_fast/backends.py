@@ -18,7 +18,7 @@ from normwear_fast.errors import UsageError
 
 @dataclass(frozen=True)
 class Backend:
-    """The five operators, and how the GEMMs around them are arranged."""
+    """The operators, and how the GEMMs around them are arranged."""
 
     name: str
     tokenize: Callable[..., None] = operators.tokenize
@@ -26,11 +26,17 @@ class Backend:
     channel_attention: Callable[..., torch.Tensor] = operators.channel_attention
     bias_gelu: Callable[..., None] = operators.bias_gelu
     pool_norm: Callable[..., torch.Tensor] = operators.pool_norm
+    gather_rows: Callable[..., torch.Tensor] = operators.gather_rows
+    scatter_rows: Callable[..., None] = operators.scatter_rows
     encoder: Callable[..., Any] | None = None
     """Builds the layers with the backend's own products, from (folded, config, precision); None where
     the products are torch's."""
+    precisions: tuple[str, ...] = ("float32", "bfloat16")
+    """Of the products, where the backend brings an encoder (float64 always runs with torch's)."""
     blas: str | None = None
     """Whose products run; None for torch's library."""
+    versions: Callable[[torch.device], dict[str, Any]] | None = None
+    """What else decides an output's bits on a device: versions and launch choices, for its manifest."""
 
 
 TORCH = Backend("torch")
@@ -49,15 +55,22 @@ def _cuda_backend() -> Backend:
     return cuda_backend.backend()
 
 
+def _triton_backend() -> Backend:
+    from normwear_fast import triton_backend
+
+    return triton_backend.backend()
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": lambda: TORCH,
     "native": _native_backend,
     "cuda": _cuda_backend,
+    "triton": _triton_backend,
 }
 """Name to a function that builds the backend, so that a backend loads only when it is asked for. It
 raises UsageError where the backend is not installed."""
 
-_AUTO: dict[str, str] = {"cpu": "native"}
+_AUTO: dict[str, str] = {"cpu": "native", "cuda": "triton"}
 """Device type to the backend ``auto`` takes there if it is installed; plain PyTorch elsewhere."""
 
 _DEVICES: dict[str, str] = {"native": "cpu"}

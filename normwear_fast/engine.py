@@ -20,11 +20,11 @@ from normwear_fast.operators import Pool, Tokenizer
 from normwear_fast.packing import Layout
 from normwear_fast.wavelets import ScalogramMethod
 
-PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 
 BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
 """Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
-GPU, about 3 GB of activations (a guess until one has run it)."""
+GPU, 2.2 GB of activations in bfloat16 (a guess until one has run it)."""
 
 UNIT_BATCHES = 8
 """Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""
@@ -94,7 +94,7 @@ class Engine:
         precision: of the products; by default what the folded matrices are in.
 
     Raises:
-        UsageError: ``int8`` where the backend has no such products.
+        UsageError: ``int8`` or ``fp8`` where the backend has no such products.
     """
 
     def __init__(
@@ -108,24 +108,33 @@ class Engine:
         self.dtype = folded.blocks[0].qkv.dtype
         precision = precision or str(self.dtype).removeprefix("torch.")
         self.encoder = None
+        if precision not in (*backend.precisions, "float64"):
+            homes = {"int8": "backend 'native' on a CPU", "fp8": "backend 'triton' on a GPU"}
+            raise UsageError(
+                f"precision {precision!r} needs {homes[precision]}; this is backend {backend.name!r} "
+                f"on {folded.carried.device.type}"
+            )
         if backend.encoder is not None and self.dtype != torch.float64:
             self.encoder = backend.encoder(folded, config, precision)
             folded = without_matrices(folded)
             self.encoder.folded = folded
-        elif precision == "int8":
-            raise UsageError(
-                f"precision 'int8' needs the native backend on a CPU; this is backend {backend.name!r} "
-                f"on {folded.carried.device.type}"
-            )
+            self.residual_dtype = self.encoder.residual_dtype
+        else:
+            self.residual_dtype = folded.carried.dtype
         self.folded = folded
         self.config = config
         self.method = method
         self.backend = backend
-        self.residual_dtype = folded.carried.dtype
         self.device = folded.carried.device
         self.workspace = Workspace(self.device)
         self._templates: dict[int, Tensor] = {}
         self._tokenizers: dict[tuple[int, ...], Tokenizer] = {}
+
+    def release(self, keep_bytes: int) -> None:
+        """Frees the activation buffers where they hold more than ``keep_bytes``."""
+        self.workspace.release(keep_bytes)
+        if self.encoder is not None:
+            self.encoder.release(keep_bytes)
 
     @property
     def accumulates(self) -> bool:
@@ -169,7 +178,10 @@ class Engine:
         ops, folded, width = self.backend, self.folded, self.config.embed_dim
         sequences, rows = layout.sequences, layout.sequences.total
         take, eps = self.workspace.take, folded.layer_eps
-        residual = take("residual", rows, width, self.residual_dtype)
+        if self.encoder is not None:
+            residual = self.encoder.residual(layout, take)
+        else:
+            residual = take("residual", rows, width, self.residual_dtype)
         counts = tuple(sorted(set(sequences.lengths)))
         ops.tokenize(residual, series, layout.samples, sequences, self.tokenizer(counts))
         if self.encoder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -21,9 +22,10 @@ from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_pre
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
 from normwear_fast.mne import is_mne, windows_of
-from normwear_fast.operators import Pool
+from normwear_fast.operators import Pool, register_model
 from normwear_fast.packing import (
     Layout,
+    MicroBatch,
     cached_layout,
     plan_micro_batches,
     plan_units,
@@ -32,6 +34,7 @@ from normwear_fast.packing import (
 )
 from normwear_fast.reference import Attention, Block, ReferenceNormWear
 from normwear_fast.scalograms import scalogram
+from normwear_fast.transfer import Transfers
 
 ChannelPool = Literal["keep", "mean", "concat"]
 Resample = Literal["upstream", "always", "never"]
@@ -46,7 +49,8 @@ _DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "int8": torch.float32,  # the backend quantises
+    "fp8": torch.float32,  # the backend quantises
+    "int8": torch.float32,  # likewise
 }
 _FOLDABLE = (Attention, Block, nn.Linear, nn.LayerNorm, nn.Conv2d)
 
@@ -155,6 +159,7 @@ class FastNormWear(ReferenceNormWear):
         self._engines: dict[tuple[torch.device, str, str], Engine] = {}
         self._frozen: tuple[FoldedEncoder, str] | None = None
         self._lock = threading.RLock()
+        self._handle = register_model(self)
 
     @classmethod
     def from_pretrained(
@@ -217,19 +222,20 @@ class FastNormWear(ReferenceNormWear):
         Two runs whose provenance and work units agree give the same bits.
         """
         device = self.device
+        backend = select_backend(self.backend, device)
         return {
             "weights": dict(self.weights),
             "config": self.config.to_dict(),
             "scalogram": scalogram_method(self.optimized_cwt),
             "precision": self.resolved_precision,
-            "backend": select_backend(self.backend, device).name,
+            "backend": backend.name,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "torch": torch.__version__,
-            "blas": select_backend(self.backend, device).blas
-            or ("mkl" if torch.backends.mkl.is_available() else "other"),
+            "blas": backend.blas or _torch_blas(device),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            **(backend.versions(device) if backend.versions else {}),
         }
 
     def extra_repr(self) -> str:
@@ -293,7 +299,12 @@ class FastNormWear(ReferenceNormWear):
 
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        fresh: dict[str, Any] = {"_watch": None, "_engines": {}, "_lock": threading.RLock()}
+        fresh: dict[str, Any] = {
+            "_watch": None,
+            "_engines": {},
+            "_lock": threading.RLock(),
+            "_handle": register_model(twin),
+        }
         for name, value in self.__dict__.items():
             twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
         return twin
@@ -304,6 +315,7 @@ class FastNormWear(ReferenceNormWear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.RLock()
+        self._handle = register_model(self)
 
     def _precision(self, precision: str | None) -> str:
         if self._frozen is not None:
@@ -367,7 +379,10 @@ class FastNormWear(ReferenceNormWear):
             (B, C, T, E) float32, row 0 of each channel its [CLS].
 
         Raises:
-            InputError: another shape, fewer than 11 samples, or NaN (named by window and channel).
+            InputError: another shape, or fewer than 11 samples.
+
+        Under ``torch.compile`` inference is one opaque node, which runs the engine of the weights the
+        model has at that moment. ``torch.export`` takes a snapshot of them (:mod:`normwear_fast.traced`).
         """
         if x.ndim != 3 or 0 in x.shape:
             raise InputError(f"input is {tuple(x.shape)}; it must be (batch, channels, samples)")
@@ -375,6 +390,10 @@ class FastNormWear(ReferenceNormWear):
             raise InputError(
                 f"windows of {x.shape[-1]} samples are too short; {MIN_SAMPLES} are needed"
             )
+        if torch.compiler.is_exporting():
+            from normwear_fast import traced
+
+            return traced.forward(self, x)
         if self._needs_gradients(x):
             spectrum = scalogram(
                 x.to(self._series_dtype()),
@@ -383,6 +402,11 @@ class FastNormWear(ReferenceNormWear):
                 num_scales=self.config.num_scales,
             )
             return super().forward(spectrum.to(self.cls_token.dtype))  # type: ignore[return-value]
+        x = x.to(self._series_dtype())
+        if torch.compiler.is_compiling():
+            tokens = window_tokens(1, x.shape[-1], self.optimized_cwt, self.config)
+            sizes = (tokens, self.config.embed_dim)
+            return cast(Tensor, torch.ops.normwear.forward(x, self._handle, *sizes))
         return self._forward_fast(x)
 
     def _needs_gradients(self, x: Tensor) -> bool:
@@ -390,6 +414,8 @@ class FastNormWear(ReferenceNormWear):
             return False
         if x.requires_grad:
             return True
+        if torch.compiler.is_compiling():  # a guard on each; the watch cannot be traced
+            return any(parameter.requires_grad for parameter in self.parameters())
         return self._frozen is None and self._watched().requires_grad()
 
     def _series_dtype(self) -> torch.dtype:
@@ -398,21 +424,20 @@ class FastNormWear(ReferenceNormWear):
             return torch.float64
         return torch.float32
 
-    @torch.compiler.disable
     def _forward_fast(self, x: Tensor) -> Tensor:
         batch, channels, samples = x.shape
         tokens = window_tokens(1, samples, self.optimized_cwt, self.config)
         per_batch = max(1, self.batch_tokens_default() // (channels * tokens))
         # Not inference mode: a head trained on a frozen encoder's output saves it for its backward pass.
         with torch.no_grad(), self._lock:
-            x = x.to(self._series_dtype()).contiguous()
+            x = x.contiguous()
             engine = self._engine()
             parts = []
             for first in range(0, batch, per_batch):
                 part = x[first : first + per_batch]
                 layout = self._layout([(channels, samples)] * len(part))
                 parts.append(engine.run(part.reshape(-1), layout, "patch"))
-            engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
+            engine.release(WORKSPACE_BYTES.get(self.device.type, 0))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.view(batch, channels, tokens, self.config.embed_dim)
 
@@ -509,17 +534,28 @@ class FastNormWear(ReferenceNormWear):
                         f"tokens; batch_tokens={batch_tokens} must be at least that"
                     )
         budget = batch_tokens or self.batch_tokens_default()
+        transfers = Transfers(self.device, self._series_dtype())
+        flying: deque[tuple[MicroBatch, Layout, Callable[[], Tensor]]] = deque()
         for batch in plan_micro_batches(shapes, tokens, budget):
-            series = np.concatenate([windows[i].reshape(-1) for i in batch.windows])
             with self._lock, torch.inference_mode():
                 engine = self._engine(precision)
                 layout = self._layout([shapes[i] for i in batch.windows])
-                packed = torch.from_numpy(series).to(self.device, self._series_dtype())
-                out = engine.run(packed, layout, pool)
-                engine.workspace.release(WORKSPACE_BYTES.get(self.device.type, 0))
-            parts = out.split(self._rows(layout, pool))
-            for i, part in zip(batch.windows, parts, strict=True):
-                yield i, part.unflatten(0, (shapes[i][0], -1)) if pool == "patch" else part
+                series = transfers.send([windows[i] for i in batch.windows])
+                out = engine.run(series, layout, pool)
+                flying.append((batch, layout, transfers.fetch(out)))
+                engine.release(WORKSPACE_BYTES.get(self.device.type, 0))
+            if len(flying) > transfers.in_flight:
+                yield from self._arrived(*flying.popleft(), pool)
+        while flying:
+            yield from self._arrived(*flying.popleft(), pool)
+
+    def _arrived(
+        self, batch: MicroBatch, layout: Layout, wait: Callable[[], Tensor], pool: Pool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The windows of one micro-batch, on the host."""
+        parts = wait().split(self._rows(layout, pool))
+        for i, part, shape in zip(batch.windows, parts, layout.shapes, strict=True):
+            yield i, part.unflatten(0, (shape[0], -1)) if pool == "patch" else part
 
     @staticmethod
     def _rows(layout: Layout, pool: Pool) -> list[int]:
@@ -554,7 +590,8 @@ class FastNormWear(ReferenceNormWear):
         """
         out: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(windows)
         for i, part in self._run_unit(windows, pool, batch_tokens, precision):
-            out[i] = part.float().cpu().numpy()
+            # A copy: the part is a piece of its whole micro-batch, and on a GPU machine page-locked.
+            out[i] = part.float().numpy().copy()
         return out
 
     def encode(
@@ -632,6 +669,12 @@ class FastNormWear(ReferenceNormWear):
         if channels == "keep":
             return (count, *tokens, width)
         return (*tokens, width if channels == "mean" else count * width)
+
+
+def _torch_blas(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cublas"
+    return "mkl" if torch.backends.mkl.is_available() else "other"
 
 
 def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> FoldedEncoder:

@@ -90,6 +90,7 @@ def backend(instruction_set: str | None = None) -> Backend:
         bias_gelu=partial(bias_gelu, operations),
         pool_norm=partial(pool_norm, operations),
         encoder=partial(NativeEncoder, operations),
+        precisions=tuple(OPERANDS),
         blas=f"normwear-fast {operations.name}",
     )
 
@@ -443,6 +444,17 @@ class NativeEncoder:
         """Of queries, keys and values: bfloat16 halves attention's time where it is native."""
         self.blocks = [_Block(kernels, b, operand, i == last) for i, b in enumerate(folded.blocks)]
         self.fusions = {i: _Block(kernels, b, operand, False) for i, b in folded.fusions.items()}
+
+    residual_dtype = torch.float32
+
+    def residual(self, layout: Layout, take: Any) -> Tensor:
+        """(tokens, E) float32 buffer for the tokenizer."""
+        width = self.config.embed_dim
+        out: Tensor = take("residual", layout.sequences.total, width, self.residual_dtype)
+        return out
+
+    def release(self, keep_bytes: int) -> None:
+        """Nothing: what it keeps between calls is weights."""
 
     def run(self, residual: Tensor, layout: Layout, pool: Pool, take: Any) -> Tensor:
         """Tokens to output.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -216,8 +218,66 @@ def pool_norm(
     return torch.cat(pooled)
 
 
+def gather_rows(
+    residual: Tensor, rows: Tensor, *, update: Tensor | None = None, out: Tensor
+) -> Tensor:
+    """Copies rows of the residual, with what is still to be added to them, to a buffer of their own.
+
+    Args:
+        residual: (tokens, E).
+        rows: (S,) int32; an entry of -1 stands for nothing, and its row of ``out`` becomes zero.
+        update: (tokens, E) still to be added to the residual, or None; the rows taken become zero.
+        out: (S, E) in the residual's dtype.
+    """
+    real = rows >= 0
+    index = rows[real].long()
+    taken = residual[index]
+    if update is not None:
+        taken = taken + update[index]
+        update[index] = 0
+    out.zero_()
+    out[real] = taken.to(out.dtype)
+    return out
+
+
+def scatter_rows(x: Tensor, constant: Tensor, rows: Tensor, residual: Tensor) -> None:
+    """residual[rows] = x + constant, where rows is not -1.
+
+    Args:
+        x: (S, E).
+        constant: (E,) float32.
+        rows: (S,) int32, each once.
+        residual: (tokens, E), written in place.
+    """
+    real = rows >= 0
+    residual[rows[real].long()] = (x[real] + constant).to(residual.dtype)
+
+
 # --- The same, as torch.library operators -----------------------------------------------------------
 # Segments travel as their cumulative bounds (int32). `backends` is imported late: it needs this module.
+
+
+_MODELS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_HANDLES = count()
+
+
+def register_model(model: Any) -> int:
+    """A number by which ``normwear::forward`` finds the model while it lives."""
+    handle = next(_HANDLES)
+    _MODELS[handle] = model
+    return handle
+
+
+# The engine may replay CUDA graphs of its own: a caller's graph must not capture it.
+@torch.library.custom_op("normwear::forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _forward(x: Tensor, handle: int, tokens: int, embed_dim: int) -> Tensor:
+    embedded: Tensor = _MODELS[handle]._forward_fast(x)
+    return embedded
+
+
+@_forward.register_fake
+def _(x: Tensor, handle: int, tokens: int, embed_dim: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], tokens, embed_dim))
 
 
 def _backend(device: torch.device):  # type: ignore[no-untyped-def]

@@ -43,6 +43,14 @@ def window_tokens(
     return channels * sequence_tokens(samples, scalogram_method(optimized_cwt), config)
 
 
+def upload(array: NDArray[np.int32], device: torch.device) -> Tensor:
+    """A small table on the device, without waiting for what the device is doing."""
+    table = torch.from_numpy(array)
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
 class Segments:
     """Consecutive segments of a packed axis, known on the host and on the device.
 
@@ -80,7 +88,7 @@ class Segments:
     @cached_property
     def cu(self) -> Tensor:
         """(segments + 1,) int32 bounds on the device."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+        return upload(np.asarray(self.bounds, dtype=np.int32), self.device)
 
     def tiles(self, block: int) -> Tensor:
         """Runs of at most ``block`` rows that stay inside a segment: what a kernel's programs take.
@@ -90,8 +98,7 @@ class Segments:
             fixed-size table that stands for nothing has segment -1.
         """
         if block not in self._tiles:
-            table = segment_tiles(self.lengths, block)
-            self._tiles[block] = torch.from_numpy(table).to(self.device)
+            self._tiles[block] = upload(segment_tiles(self.lengths, block), self.device)
         return self._tiles[block]
 
 
@@ -145,6 +152,11 @@ class Layout:
     def cls_rows(self) -> Tensor:
         """(S,) int64 packed row of each sequence's [CLS]."""
         return self.sequences.cu[:-1].long()
+
+    @property
+    def cls_index(self) -> Tensor:
+        """(S,) int32: the same; -1 for a sequence that a fixed-size table only makes room for."""
+        return self.sequences.cu[:-1]
 
 
 @lru_cache(maxsize=128)
