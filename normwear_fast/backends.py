@@ -28,6 +28,8 @@ class Backend:
     pool_norm: Callable[..., torch.Tensor] = operators.pool_norm
     gather_rows: Callable[..., torch.Tensor] = operators.gather_rows
     scatter_rows: Callable[..., None] = operators.scatter_rows
+    linear_gelu: Callable[..., torch.Tensor] | None = None
+    """gelu(x weight^T + bias) as one kernel, where the backend has one."""
     encoder: Callable[..., Any] | None = None
     """Builds the layers with the backend's own products, from (folded, config, precision); None where
     the products are torch's."""
