@@ -163,9 +163,8 @@ class Engine:
             )
         return self._tokenizers[token_counts]
 
-    @torch.no_grad()
     def run(self, series: Tensor, layout: Layout, pool: Pool) -> Tensor:
-        """Encodes one micro-batch.
+        """Encodes one micro-batch, on the engine's device whichever is current.
 
         Args:
             series: (total samples,) float32 on the device, packed as ``layout`` says.
@@ -175,6 +174,13 @@ class Engine:
         Returns:
             New tensor in float32 (float64 beside float64 weights).
         """
+        if self.device.type != "cuda":
+            return self._run(series, layout, pool)
+        with torch.cuda.device(self.device):  # kernels are launched on the current device's stream
+            return self._run(series, layout, pool)
+
+    @torch.no_grad()
+    def _run(self, series: Tensor, layout: Layout, pool: Pool) -> Tensor:
         ops, folded, width = self.backend, self.folded, self.config.embed_dim
         sequences, rows = layout.sequences, layout.sequences.total
         take, eps = self.workspace.take, folded.layer_eps

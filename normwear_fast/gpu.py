@@ -216,10 +216,11 @@ MLP_CHOICES = (
 """Ways through the MLP in bfloat16, the default first; a GPU's measurement may choose another.
 
 Whole, the vendor's fc1, the activation in place, the vendor's fc2: the activation step alone reads and
-writes 12.3 KB a token, 4.2 ns at 2.9 TB/s, 28 us a channel over twelve layers beside the 134 us of an H100's
-ceiling. FUSED has it in fc1's epilogue, in a product of ours, and wins where that reaches 0.58 of the
-vendor's rate (5.9 ns of 5.9 + 4.2). ROWS of 4,224 are 26 MB, which stay in an H100's 50 MB of L2 from one
-step to the next, and 33 x 12 tiles of 128 x 256 are 3 rounds of its 132 multiprocessors; 8,448 are 6."""
+writes 12.3 KB a token, 4.2 ns at 2.9 TB/s, 28 us a channel over twelve layers beside the 134 us of an
+H100's ceiling. FUSED has it in fc1's epilogue, in a product of ours, and wins where that reaches 0.58
+of the vendor's rate (5.9 ns of 5.9 + 4.2). ROWS of 4,224 are 26 MB, which stay in an H100's 50 MB of
+L2 from one step to the next, and 33 x 12 tiles of 128 x 256 are 3 rounds of its 132
+multiprocessors; 8,448 are 6."""
 
 Take = Callable[[str, int, int, torch.dtype], Tensor]
 """A workspace's ``take(name, rows, width, dtype)``."""

@@ -1,0 +1,201 @@
+"""The GPU engine without a GPU: its tables, its arithmetic through plain operators, and whole small
+encoders through Triton's interpreter against the reference numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import golden, golden_config, golden_weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normwear_fast import FastNormWear, NormWearConfig
+from normwear_fast.backends import TORCH, select_backend
+from normwear_fast.engine import Engine
+from normwear_fast.errors import UsageError
+from normwear_fast.folding import fold
+from normwear_fast.gpu import (
+    FLOAT8_MAX,
+    FixedSegments,
+    GpuEncoder,
+    bucket_rows,
+    exact_products,
+    quantise_columns,
+    scaled_product,
+)
+from normwear_fast.packing import Layout, Segments, segment_tiles
+from normwear_fast.reference import ReferenceNormWear
+
+CPU = torch.device("cpu")
+SMALL = NormWearConfig.small()
+
+
+# --- buckets and tables --------------------------------------------------------------------------
+
+
+@given(st.integers(1, 200_000))
+def test_a_bucket_holds_its_tokens_and_at_most_a_quarter_more(tokens):
+    rows = bucket_rows(tokens)
+    assert tokens <= rows <= max(1_024, 1.25 * tokens + 1)
+    assert bucket_rows(rows) == rows
+    assert bucket_rows(tokens + 1) >= rows
+
+
+def test_a_full_budget_is_a_bucket():
+    assert bucket_rows(131_072) == bucket_rows(131_040) == 131_072
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([16, 64, 128]))
+def test_fixed_tables_say_what_segments_say(lengths, block):
+    fixed, segments = FixedSegments(16, 1_200, CPU), Segments(lengths, CPU)
+    fixed.fill(Segments([3, 1], CPU))
+    before = fixed.tiles(block).data_ptr(), fixed.cu.data_ptr(), fixed.index.data_ptr()
+    fixed.fill(segments)
+    assert before == (fixed.tiles(block).data_ptr(), fixed.cu.data_ptr(), fixed.index.data_ptr())
+    count = len(lengths)
+    assert torch.equal(fixed.cu[: count + 1], segments.cu)
+    assert (fixed.cu[count:] == segments.total).all()
+    assert torch.equal(fixed.index[:count], segments.cu[:-1])
+    assert (fixed.index[count:] == -1).all()
+    real = segment_tiles(lengths, block)
+    assert np.array_equal(fixed.tiles(block)[: len(real)].numpy(), real)
+    assert (fixed.tiles(block)[len(real) :] == -1).all()
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def encoder_of(model, precision, ops=TORCH):
+    """An engine around `GpuEncoder` with the given operators."""
+    folded = fold(model, torch.float32 if precision == "fp8" else getattr(torch, precision))
+    backend = dataclasses.replace(
+        ops,
+        encoder=lambda *arguments: GpuEncoder(*arguments, ops),
+        precisions=("float32", "bfloat16", "fp8"),
+    )
+    return Engine(folded, model.config, "conv", backend, precision)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "patch"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_packed_layers_are_the_engines(pool, depth):
+    """Both arrangements of the same folds; a last layer with and without a fusion block."""
+    config = dataclasses.replace(SMALL, depth=depth, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=depth).requires_grad_(False)
+    for value in model.parameters():  # norms and biases that are not ones and zeros
+        if value.ndim == 1:
+            value += 0.1 * torch.randn(len(value))
+    layout = Layout([(1, 40), (3, 40), (2, 131)], "conv", config, CPU)
+    series = torch.randn(layout.samples.total)
+    expected = Engine(fold(model, torch.float32), config, "conv", TORCH).run(series, layout, pool)
+    got = encoder_of(model, "float32").run(series, layout, pool)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, expected, atol=2e-5)
+
+
+def test_exact_products_leave_the_process_as_it_was():
+    flags = torch.backends.cuda.matmul
+    before = (flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction)
+    try:
+        flags.allow_tf32 = True
+        with exact_products("float32"):
+            assert not flags.allow_tf32
+            assert not flags.allow_bf16_reduced_precision_reduction
+        assert flags.allow_tf32
+        with exact_products("bfloat16"):
+            assert flags.allow_tf32
+    finally:
+        flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
+
+
+def test_columns_quantise_to_their_whole_range():
+    weight = torch.randn(40, 64) * torch.logspace(-6, 6, 40)[:, None]
+    weight[3] = 0
+    quantised, scale = quantise_columns(weight)
+    assert scale[3] == 1
+    sizes = quantised.float().abs().amax(dim=1)
+    assert (sizes[torch.arange(40) != 3] == FLOAT8_MAX).all()
+    # e4m3 keeps three bits after the leading one: a sixteenth of a value, or half a smallest step.
+    error = (quantised.float() * scale[:, None] - weight).abs()
+    assert (error <= weight.abs() / 16 + scale[:, None] * 2**-10).all()
+
+
+def test_scaled_product_is_the_product_of_the_scaled():
+    weight, scale = quantise_columns(torch.randn(24, 32))
+    x, x_scale = quantise_columns(torch.randn(10, 32))
+    out, bias = torch.full((10, 24), torch.nan, dtype=torch.bfloat16), torch.randn(24).bfloat16()
+    scaled_product(x, x_scale, weight, scale, out, bias)
+    exact = (x.double() * x_scale[:, None]) @ (weight.double() * scale[:, None]).T + bias.double()
+    assert torch.allclose(out.double(), exact, rtol=2**-8, atol=1e-2)
+
+
+# --- through Triton's interpreter ------------------------------------------------------------------
+
+QUICK = ("encoder_small_b1c1L32", "encoder_small_b1c1L64", "encoder_small_b2c2L128")
+LONG = (
+    "encoder_small_b1c10L129",
+    "encoder_small_b2c3L390",
+    "encoder_small_b1c2L700",
+    "encoder_small_b1c1L1300",
+    "encoder_scipy_small_b1c3L391",
+)
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+
+
+def triton_model(name, precision):
+    arrays = golden(name)
+    config = golden_config(arrays)
+    optimized = "scipy" not in name
+    model = FastNormWear(optimized, config=config, precision=precision, backend="triton")
+    model.load_state_dict(golden_weights(arrays))
+    return model.requires_grad_(False), arrays
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_numbers_through_triton(name):
+    model, arrays = triton_model(name, "float32")
+    out = model.get_embedding(arrays["x"])
+    assert np.abs(out.numpy() - arrays["out"]).max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "worst", "mean"), [("bfloat16", 0.995, 0.999), ("fp8", 0.9, 0.998)]
+)
+@pytest.mark.parametrize("name", CASES[1:])
+def test_fast_precisions_through_triton(name, precision, worst, mean):
+    model, arrays = triton_model(name, precision)
+    out = model.get_embedding(arrays["x"])
+    cosine = torch.nn.functional.cosine_similarity(out, torch.from_numpy(arrays["out"]), dim=-1)
+    assert cosine.mean() >= mean
+    assert cosine.min() >= worst
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_ragged_windows_through_triton(pool):
+    """A bucket's tables at work: unequal windows, one after another through the same bucket."""
+    config = dataclasses.replace(SMALL, depth=2, decoder_depth=0)
+    model = FastNormWear(True, config=config, precision="float32", backend="triton")
+    plain = FastNormWear(True, config=config, precision="float32", backend="torch")
+    rng = np.random.default_rng()
+    for shapes in ([(1, 11), (4, 30), (2, 63)], [(5, 20)], [(1, 200)]):
+        windows = [rng.standard_normal(shape) for shape in shapes]
+        expected = plain.encode(windows, pool=pool)
+        for want, got in zip(expected, model.encode(windows, pool=pool), strict=True):
+            assert np.allclose(want, got, atol=2e-5)
+
+
+def test_precisions_that_a_backend_does_not_have():
+    for backend, precision in (("native", "fp8"), ("torch", "fp8"), ("triton", "int8")):
+        model = FastNormWear(True, config=SMALL, precision=precision, backend=backend)
+        with pytest.raises(UsageError, match=f"precision '{precision}' needs backend"):
+            model.encode(np.zeros((1, 1, 40)))
+
+
+def test_the_triton_backend_says_what_it_needs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="needs an NVIDIA GPU"):
+            select_backend("triton", CPU)
