@@ -61,7 +61,7 @@ class SeriesShards:
     short, windows with no channel left, shards that are cut off.
 
     Args:
-        folder: holds ``*.arrow`` or ``*.parquet``.
+        folder: holds ``*.arrow`` or ``*.parquet``, itself or in folders below it.
         samples: of every series; longer ones are cut to their first.
 
     Attributes:
@@ -75,11 +75,11 @@ class SeriesShards:
         self.folder, self.samples = Path(folder), samples
         self.skipped: Counter[str] = Counter()
         paths = sorted(
-            path for path in self.folder.glob("*") if path.suffix in (".arrow", ".parquet")
+            path for path in self.folder.rglob("*") if path.suffix in (".arrow", ".parquet")
         )
         if not paths:
             what = "no *.arrow or *.parquet there" if self.folder.is_dir() else "no such folder"
-            raise UsageError(f"{self.folder}: {what}; name the output of normwear-fast prepare")
+            raise UsageError(f"{self.folder}: {what}; name an output of normwear-fast prepare")
         self._values: list[NDArray[np.float32]] = []
         places: list[tuple[NDArray[np.int64], ...]] = []
         for path in paths:
