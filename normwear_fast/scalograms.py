@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from normwear_fast.config import MIN_SAMPLES
 from normwear_fast.errors import InputError
-from normwear_fast.wavelets import ScalogramMethod, scalogram_rows, wavelet_bank
+from normwear_fast.wavelets import CONV_WIDTH, ScalogramMethod, scalogram_rows, wavelet_bank
 
 LONG_FILTER = 512
 """Taps above which ``conv`` sums in float64: a float32 chain of 640 products is 4e-7 of the largest
@@ -60,12 +62,30 @@ def scalogram(
         )
     series = derivatives(x)
     batch, channels, _, samples = series.shape
-    filters = wavelet_bank(samples, method, wavelet, num_scales)
-    width = filters.shape[1]
+    bank = _bank(samples, method, wavelet, num_scales)
+    width = bank.shape[1]
     if method == "scipy" or width > LONG_FILTER:
         series = series.double()
-    bank = torch.tensor(filters, dtype=series.dtype, device=x.device)
+    bank = bank.to(series)
     rows = scalogram_rows(samples, method)
     y = F.conv1d(series.reshape(-1, 1, samples), bank.unsqueeze(1), padding=width // 2)
     y = y[..., :rows].transpose(1, 2).reshape(batch, channels, 3, rows, num_scales)
     return y.to(x.dtype) if method == "conv" else y
+
+
+def _bank(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
+    """(num_scales, W) float64 filters; under ``torch.compile`` one node, for its NumPy is no graph."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.normwear.wavelet_bank(samples, method, wavelet, num_scales))
+    return torch.tensor(wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales))
+
+
+@torch.library.custom_op("normwear::wavelet_bank", mutates_args=())
+def _wavelet_bank(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
+    return torch.tensor(wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales))
+
+
+@_wavelet_bank.register_fake
+def _(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
+    longest = CONV_WIDTH if method == "conv" else 10 * num_scales - 9
+    return torch.empty((num_scales, min(longest, samples)), dtype=torch.float64)
