@@ -1,22 +1,21 @@
-"""`tokenize`: series to tokens in two launches; the scalogram stays in registers.
+"""`tokenize`: series to tokens in two launches; the scalogram never leaves the chip.
 
-Everything from a series to a token is linear. Token t of patch column f, whose 9 x 5 patch lies at scalogram
-rows 9 t .. 9 t + 8 and scales 5 f .. 5 f + 4, is
+Everything from a series to a token is linear. Token t of patch column f, whose patch of 9 rows and 5
+scales lies at scalogram rows 9 t .. 9 t + 8 and scales 5 f .. 5 f + 4, is
 
-    token = template + sum_c sum_(r, j) weight_c[:, (r, j)] * y_c[9 t + r, 5 f + j],
-    y_c[9 t + r, 5 f + j] = sum_k padded_c[9 t + k + shift_f] * filters_f[(r, j), k],
+    token = template + sum_c sum_(r, j) weight_c[:, (r, j)] * y_c[9 t + r, 5 f + j]
+    y_c[9 t + r, 5 f + j] = sum_k padded_c[9 t + k + shift_f] * filters_f[(r, j), k]
 
-where filters_f holds the five wavelets of the column nine times, each a sample further on. So one program
-takes BLOCK_M tokens of a column, reads rows that start 9 samples apart, and multiplies twice: by the filters
-(45 columns, 64 with padding), the result never leaving the chip, and by the patch weights. Tokens of all
-sequences that share filters stand together in the first dimension: no tile is half empty because a
-sequence has 43 rows of patches.
+where filters_f holds the column's five wavelets nine times, each a sample further on. One program takes
+BLOCK_M tokens of a column, reads pieces of the series that start 9 samples apart, and multiplies twice:
+by the filters (45 columns, padded to 64), then by the patch weights. Tokens of all sequences that share
+filters stand together in the first dimension: no tile is half empty because a sequence has 43 rows.
 
-Filters are cut where the wavelet is negligible. At the judged shape they have 4,200 taps over the 13 columns:
-1.6 MFLOP a row of patches for the first product and 3.8 for the second, of which the padding to 64 wastes
-3 in 10; 234 channels are 55 GFLOP, 140 us at an H100's 400 TFLOP/s of TF32. Memory sees 2.2 MB of padded
-series twice and 201 MB of tokens once, 60 us. One product with the weights convolved into the filters would
-be 192 GFLOP, and 38 MB of tables for every length in a cohort where this needs 0.8.
+Filters are cut where the wavelet is negligible: at the judged shape 4,416 taps in 13 columns are left. A
+row of patches is then 1.7 MFLOP for the first product and 3.8 for the second; 234 channels are 56 GFLOP
+(a third of it padding), 0.14 ms at 400 TFLOP/s, half an H100's bfloat16 rate. Memory sees 201 MB of
+tokens written, 0.06 ms at 3.35 TB/s, and little else. Weights convolved into the filters beforehand would
+make it one product of 205 GFLOP, and 41 MB of tables for every length in a cohort where these need 0.85.
 
 Differences are formed in float32 and padded with zeros afterwards. For TF32 every operand is rounded to
 nearest here, because the tensor cores truncate.
@@ -47,12 +46,36 @@ InputPrecision = Literal["tf32", "ieee"]
 SERIES_CHOICES: Table = {80: (Choice({"BLOCK": 1024}, num_warps=4, num_stages=1),)}
 
 TF32_CHOICES: Table = {
-    80: (Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),),
-    90: (Choice({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),),
+    80: (
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+    ),
+    90: (
+        Choice({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+        Choice({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=4),
+    ),
+    100: (
+        Choice({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+    ),
 }
+"""128 rows read the weights half as often as 64: 440 KB a program, 0.5 GB out of the L2 cache in all. 64
+rows and 4 warps leave room for two programs on a multiprocessor."""
 
 IEEE_CHOICES: Table = {
-    80: (Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2),),
+    80: (
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=8, num_stages=2),
+        Choice({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=4, num_stages=2),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2),
+        Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2),
+    ),
 }
 
 NEGLIGIBLE = 1e-8
@@ -63,7 +86,7 @@ TAPS_MULTIPLE = 32
 """Filters are padded with zeros to a multiple of this: the largest BLOCK_K."""
 
 KEPT_FILTERS = 256
-"""Filters kept with a model's tables, one for every number of samples up to 640: 0.8 MB each at 390."""
+"""Filters kept with a model's tables, one for every number of samples up to 640: 0.85 MB each at 390."""
 
 KEPT_PLANS = 64
 """Plans of micro-batches kept with a model's tables: long runs repeat a handful of shapes."""
@@ -155,7 +178,7 @@ def tokens_kernel(
     rows,  # (3, num_rows) int32: first sample, output row and template row of column 0
     tiles,  # (num_tiles, 4) int32: first of rows, how many, which filters
     columns,  # (filters, COLUMNS, 4) int64: address of (VALUES, taps) float32, shift, taps
-    weight,  # (3, E, BLOCK_V) float32
+    weight,  # (3, E, VALUES) float32
     templates,  # (template rows, E) float32
     residual,  # (>= tokens, E)
     plane,
@@ -193,17 +216,19 @@ def tokens_kernel(
     target = residual + (tl.load(row + num_rows) + column).to(tl.int64)[:, None] * residual_stride
     template = templates + (tl.load(row + 2 * num_rows) + column).to(tl.int64)[:, None] * E
     value = tl.arange(0, BLOCK_V)
-    for first in range(0, E, BLOCK_N):
+    known = (value < VALUES)[:, None]
+    # Two stages: three blocks of weights each are what shared memory has room for.
+    for first in tl.range(0, E, BLOCK_N, num_stages=2):
         n = first + tl.arange(0, BLOCK_N)
         inside = (n < E)[None, :]
-        w = weight + n[None, :] * BLOCK_V + value[:, None]
-        tokens = tl.load(template + n[None, :], mask=inside, other=0.0)
-        w0 = tl.load(w, mask=inside, other=0.0)
-        w1 = tl.load(w + E * BLOCK_V, mask=inside, other=0.0)
-        w2 = tl.load(w + 2 * E * BLOCK_V, mask=inside, other=0.0)
-        tokens = tl.dot(y0, w0, tokens, input_precision=PRECISION)
+        w = weight + n[None, :] * VALUES + value[:, None]
+        added = tl.load(template + n[None, :], mask=inside, other=0.0)
+        w0 = tl.load(w, mask=known & inside, other=0.0)
+        w1 = tl.load(w + E * VALUES, mask=known & inside, other=0.0)
+        w2 = tl.load(w + 2 * E * VALUES, mask=known & inside, other=0.0)
+        tokens = tl.dot(y0, w0, input_precision=PRECISION)
         tokens = tl.dot(y1, w1, tokens, input_precision=PRECISION)
-        tokens = tl.dot(y2, w2, tokens, input_precision=PRECISION)
+        tokens = tl.dot(y2, w2, tokens, input_precision=PRECISION) + added
         tl.store(target + n[None, :], tokens.to(residual.dtype.element_ty), mask=written & inside)
 
 
@@ -283,19 +308,18 @@ def tokenize(
             residual.stride(0),
             COLUMNS=columns,
             E=width,
-            VALUES=tokenizer.patch_size[0] * tokenizer.patch_size[1],
-            BLOCK_V=prepared.weight.shape[2],
+            VALUES=prepared.weight.shape[2],
+            BLOCK_V=max(16, triton.next_power_of_2(prepared.weight.shape[2])),
             PRECISION=input_precision,
             **choice.launch(),
         )
 
 
-def packed_weight(tokenizer: Tokenizer) -> Tensor:
-    """(E, 3 * values) patch weights as (3, E, BLOCK_V), zeros beyond a patch's values."""
-    width, values = len(tokenizer.patch_weight), tokenizer.patch_weight.shape[1] // 3
-    block = max(16, triton.next_power_of_2(values))
-    packed = tokenizer.patch_weight.new_zeros(3, width, block)
-    packed[:, :, :values] = tokenizer.patch_weight.view(width, 3, values).transpose(0, 1)
+def packed_weight(weight: Tensor) -> Tensor:
+    """Patch weights (E, 3 * values) as (3, E, values to a multiple of 4): loads of 16 bytes."""
+    width, values = len(weight), weight.shape[1] // 3
+    packed = weight.new_zeros(3, width, -(-values // 4) * 4)
+    packed[:, :, :values] = weight.view(width, 3, values).transpose(0, 1)
     return packed
 
 
@@ -309,7 +333,7 @@ class Filters:
     """Wavelets of every patch column, once for each row of a patch, on the host.
 
     Args:
-        taps: (total,) float32: for each column (values, its taps), taps contiguous.
+        taps: (total,) float32: for each column (values to a multiple of 4, its taps).
         columns: (columns, 3) int64: where a column starts in ``taps``; how far its first tap lies from
             the first scalogram row of a token; its taps, a multiple of TAPS_MULTIPLE.
     """
@@ -339,6 +363,7 @@ def column_filters(
     """Filters where the longest wavelet has ``length`` taps, as `wavelets.filter_widths` says."""
     bank = wavelet_bank(length, method, wavelet, num_scales)
     centre, (patch_rows, size) = bank.shape[1] // 2, patch_size
+    values = -(-patch_rows * size // 4) * 4
     parts, columns, first = [], [], 0
     for column in range(num_scales // size):
         wavelets = bank[column * size : (column + 1) * size]
@@ -346,9 +371,9 @@ def column_filters(
         (where,) = np.nonzero(matters.any(axis=0))
         low, high = int(where[0]), int(where[-1]) + 1
         taps = -(-(high - low + patch_rows - 1) // TAPS_MULTIPLE) * TAPS_MULTIPLE
-        part = np.zeros((patch_rows, size, taps), dtype=np.float32)
+        part = np.zeros((values, taps), dtype=np.float32)
         for row in range(patch_rows):
-            part[row, :, row : row + high - low] = wavelets[:, low:high]
+            part[row * size : (row + 1) * size, row : row + high - low] = wavelets[:, low:high]
         parts.append(part.ravel())
         columns.append((first, low - centre, taps))
         first += part.size
@@ -386,9 +411,9 @@ class Prepared:
 
     def __init__(self, tokenizer: Tokenizer, input_precision: InputPrecision) -> None:
         self.rounded = input_precision == "tf32"
-        weight = packed_weight(tokenizer)
+        weight = packed_weight(tokenizer.patch_weight)
         self.weight = to_tf32(weight) if self.rounded else weight
-        """(3, E, BLOCK_V)."""
+        """(3, E, VALUES)."""
         self._filters: dict[int, tuple[Filters, Tensor]] = {}
         self._plans: dict[object, Plan] = {}
 

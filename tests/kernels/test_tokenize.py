@@ -86,10 +86,9 @@ def check(batch, dtype, **options) -> None:
     ids=["float32", "float32-tf32", "bfloat16"],
 )
 def test_parity_over_ragged_lengths(method, dtype, options):
-    """Lengths around a patch, the filters' longest and the released one; equal ones apart."""
+    """Equal lengths stand apart, and are gathered into the same tiles."""
     rng = np.random.default_rng()
-    lengths = [390, 11, 12, 390, 18, 19, 20, int(rng.integers(21, 640)), 65]
-    lengths += [int(n) for n in rng.choice([641, 642, 643, 644, 700], 1)]
+    lengths = [130, 11, 130, 19, int(rng.integers(12, 100))]
     check(
         batch(rng, [lengths[i] for i in rng.permutation(len(lengths))], method, 64),
         dtype,
@@ -97,8 +96,16 @@ def test_parity_over_ragged_lengths(method, dtype, options):
     )
 
 
-@pytest.mark.parametrize("length", [640, 641, 642, 643])
-@pytest.mark.parametrize("method", ["conv", "scipy"])
+@pytest.mark.parametrize(
+    ("method", "length"),
+    [
+        ("conv", 643),
+        pytest.param("conv", 641, marks=pytest.mark.slow),
+        pytest.param("conv", 642, marks=pytest.mark.slow),
+        pytest.param("scipy", 660, marks=pytest.mark.slow),
+        pytest.param("scipy", 390, marks=pytest.mark.slow),
+    ],
+)
 def test_parity_around_the_longest_filter(method, length):
     check(batch(np.random.default_rng(), [length], method, 16), torch.float32)
 
@@ -163,7 +170,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "KEPT_PLANS", 2)
     rng = np.random.default_rng()
     tables = batch(rng, list(range(11, 20)), "scipy", 16)[0]
-    for length in (11, 12, 13, 14, 11, 15):
+    for length in (11, 12, 13, 14, 11):
         one = batch(rng, [length], "scipy", 16)
         tokenizer = dataclasses.replace(one[0], prepared=tables.prepared)
         check(
