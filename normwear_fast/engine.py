@@ -8,6 +8,7 @@ the next norm adds in the same pass it standardises.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,15 @@ MLP_ROWS = 1_120
 
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AMX or AVX512-BF16)."""
+    """Whether bfloat16 is the faster precision on this processor.
+
+    The native engine knows from a measurement of its products; without it, torch's are taken to be
+    where there is AMX or AVX512-BF16.
+    """
+    from normwear_fast import native
+
+    if native.instruction_sets():
+        return bool(native.kernels().native_bfloat16)
     capabilities = torch.backends.cpu.get_cpu_capability()
     if "AVX512" not in capabilities and "AMX" not in capabilities:
         return False
@@ -46,7 +55,7 @@ def cpu_has_bfloat16() -> bool:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` as what it means on the device; any other known precision as it is.
 
-    bfloat16 on a GPU of capability >= 8.0 and on a CPU with AMX or AVX512-BF16, else float32.
+    bfloat16 on a GPU of capability >= 8.0 and on a CPU where it is faster, else float32.
     """
     if precision not in PRECISIONS:
         raise UsageError(
@@ -129,6 +138,8 @@ class Engine:
         self.workspace = Workspace(self.device)
         self._templates: dict[int, Tensor] = {}
         self._tokenizers: dict[tuple[int, ...], Tokenizer] = {}
+        self._prepared: dict[Any, Any] = {}
+        """What the backend made of the tokenizers' tables: one for all, they differ by templates only."""
 
     def release(self, keep_bytes: int) -> None:
         """Frees the activation buffers where they hold more than ``keep_bytes``."""
@@ -160,6 +171,7 @@ class Engine:
                 num_scales=self.config.num_scales,
                 method=self.method,
                 wavelet=self.config.wavelet,
+                prepared=self._prepared,
             )
         return self._tokenizers[token_counts]
 

@@ -17,7 +17,7 @@ from helpers import ENCODER_GOLDENS, golden, golden_config, recipe_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normwear_fast import _native, backends, native, operators
+from normwear_fast import _native, backends, engine, native, operators
 from normwear_fast.backends import TORCH
 from normwear_fast.config import NormWearConfig
 from normwear_fast.engine import Engine
@@ -446,6 +446,25 @@ def test_a_float64_model_takes_the_definition():
     x = torch.randn(1, 2, 60, dtype=torch.float64)
     plain = FastNormWear(config=TINY, backend="torch").double().requires_grad_(False)
     assert (model(x) - plain(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.55, "avx512"), (1.9, "avx512bf16")])
+def test_bfloat16_products_are_used_where_they_pay(gain, chosen, monkeypatch):
+    monkeypatch.delenv("NORMWEAR_FAST_ISA", raising=False)
+    monkeypatch.setattr(native, "instruction_sets", lambda: native.INSTRUCTION_SETS)
+    monkeypatch.setattr(native, "bfloat16_gain", lambda name: gain)
+    assert native.default_instruction_set() == chosen
+
+
+@pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
+def test_auto_is_the_faster_precision(monkeypatch):
+    """Of the CPU: what the measured products say, and float32 for sets without bfloat16 products."""
+    for name in native.instruction_sets():
+        monkeypatch.setenv("NORMWEAR_FAST_ISA", name)
+        has_bfloat16 = name == "avx512bf16"
+        assert native.kernels(name).native_bfloat16 == has_bfloat16
+        assert engine.cpu_has_bfloat16.__wrapped__() == has_bfloat16
+    assert native.bfloat16_gain("portable") < 1
 
 
 def test_choice_of_backend(monkeypatch):

@@ -113,12 +113,13 @@ inline float from_bfloat16(uint16_t x) {
     return f;
 }
 inline vf load_bfloat16(const uint16_t* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
-inline void store_bfloat16(uint16_t* p, vf x) {
+inline vu rounded_bfloat16(vf x) {
     const vu u = (vu)x;
     const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-    store(p, __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh));
+    return (nan & 0x7fc0u) | (~nan & rounded);
 }
+inline void store_bfloat16(uint16_t* p, vf x) { store(p, __builtin_convertvector(rounded_bfloat16(x), vh)); }
 
 inline float value(const View& v, int64_t row, int64_t i) {
     return v.type == Type::float32 ? static_cast<const float*>(v.data)[row * v.stride + i]
@@ -394,6 +395,14 @@ struct Block {
     static int64_t bytes(int64_t rows, int64_t words) { return (rows + MR) * words * 4; }
 };
 
+// Row `row` of a block from its words.
+inline void pack_words(const Block& block, int64_t row, const uint32_t* source) {
+    const int64_t first = row / MR * MR;
+    const int m = tile_rows(block.rows - first);
+    uint32_t* out = block.tile(first) + 4 * (row - first);
+    for (int64_t g = 0; g < block.words / 4; ++g) store(out + g * 4 * m, load<quad>(source + 4 * g));
+}
+
 // Row `row` of a block from float32 values; `bytes` is scratch of 4 * words bytes.
 template <Operand OP>
 void pack_row(const Block& block, int64_t row, const float* x, int64_t n, void* bytes) {
@@ -412,10 +421,7 @@ void pack_row(const Block& block, int64_t row, const float* x, int64_t n, void* 
         quantise_row(x, n, static_cast<uint8_t*>(bytes), block.scale + row, block.offset + row);
         memset(static_cast<char*>(bytes) + n, 0, block.words * 4 - n);
     }
-    const int64_t first = row / MR * MR;
-    const int m = tile_rows(block.rows - first);
-    uint32_t* out = block.tile(first) + 4 * (row - first);
-    for (int64_t g = 0; g < block.words / 4; ++g) store(out + g * 4 * m, load<quad>(source + 4 * g));
+    pack_words(block, row, source);
 }
 
 // What becomes of a tile of sums.
@@ -432,6 +438,49 @@ inline vf finished(vi sums, const Block& block, const Packed& w, int64_t chunk, 
     return x + block.offset[row] * load<vf>(w.sums + chunk * w.panels * LANES + column);
 }
 
+// Asks for the lines of c that a tile of sums goes to, so that they arrive while it is being summed.
+inline void prefetch_tile(const View& c, int64_t row, int64_t rows, int64_t column) {
+    const int64_t size = c.type == Type::float32 ? 4 : 2;
+    for (int64_t i = 0; i < rows; ++i) {
+        const char* at = static_cast<const char*>(c.data) + ((row + i) * c.stride + column) * size;
+        for (int64_t byte = 0; byte < LANES * size; byte += 64) __builtin_prefetch(at + byte, 1);
+    }
+}
+
+// A tile of sums of all LANES outputs to where it goes.
+template <typename Sum>
+inline void write_tile(const Sum* sums, const Block& block, const Packed& w, int64_t chunk, int64_t first, int64_t rows,
+                       int64_t column, const Output& o) {
+    vf bias[NV] = {}, x[MR][NV];
+    for (int v = 0; v < NV && o.bias; ++v) bias[v] = load<vf>(o.bias + column + v * WIDTH);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int v = 0; v < NV; ++v) {
+            x[i][v] = finished(sums[NV * i + v], block, w, chunk, first + i, column + v * WIDTH) + bias[v];
+        }
+    }
+    if (o.gelu) {
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int v = 0; v < NV; ++v) x[i][v] = gelu_vector(x[i][v]);
+        }
+    }
+    const int64_t at = (o.row + first) * o.c.stride + o.column + column;
+    if (o.c.type == Type::float32) {
+        float* c = static_cast<float*>(o.c.data) + at;
+        for (int64_t i = 0; i < rows; ++i, c += o.c.stride) {
+            for (int v = 0; v < NV; ++v) {
+                store(c + v * WIDTH, o.accumulate ? x[i][v] + load<vf>(c + v * WIDTH) : x[i][v]);
+            }
+        }
+    } else {
+        uint16_t* c = static_cast<uint16_t*>(o.c.data) + at;
+        for (int64_t i = 0; i < rows; ++i, c += o.c.stride) {
+            for (int v = 0; v < NV; ++v) {
+                store_bfloat16(c + v * WIDTH, o.accumulate ? x[i][v] + load_bfloat16(c + v * WIDTH) : x[i][v]);
+            }
+        }
+    }
+}
+
 // c (rows, n) (+)= block x weight^T over the words first .. first + block.words of the weight.
 template <Operand OP>
 void product(const Block& block, const Packed& w, int64_t first_word, int64_t chunk, int64_t panel_first,
@@ -442,24 +491,14 @@ void product(const Block& block, const Packed& w, int64_t first_word, int64_t ch
         const int64_t column = panel * LANES, count = least(LANES, w.n - column);
         for (int64_t first = 0; first < block.rows; first += MR) {
             const int64_t rows = least(MR, block.rows - first);
+            prefetch_tile(o.c, o.row + first, rows, o.column + column);
             multiply_tile<OP>(tile_rows(rows), block.tile(first), b, block.words / 4, sums);
+            if (count == LANES) {
+                write_tile(sums, block, w, chunk, first, rows, column, o);
+                continue;
+            }
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t at = (o.row + first + i) * o.c.stride + o.column + column;
-                if (count == LANES) {
-                    for (int v = 0; v < NV; ++v) {
-                        vf x = finished(sums[NV * i + v], block, w, chunk, first + i, column + v * WIDTH);
-                        if (o.bias) x += load<vf>(o.bias + column + v * WIDTH);
-                        if (o.gelu) x = gelu_vector(x);
-                        if (o.c.type == Type::float32) {
-                            float* c = static_cast<float*>(o.c.data) + at + v * WIDTH;
-                            store(c, o.accumulate ? x + load<vf>(c) : x);
-                        } else {
-                            uint16_t* c = static_cast<uint16_t*>(o.c.data) + at + v * WIDTH;
-                            store_bfloat16(c, o.accumulate ? x + load_bfloat16(c) : x);
-                        }
-                    }
-                    continue;
-                }
                 for (int v = 0; v < NV; ++v) {
                     vf x = finished(sums[NV * i + v], block, w, chunk, first + i, column + v * WIDTH);
                     float bias[WIDTH] = {}, rest[WIDTH];
@@ -642,92 +681,125 @@ const uint32_t* row_words(const View& v, int64_t row, int64_t column, int64_t n,
     return temporary;
 }
 
-// Keys (count, d) as panels of LANES keys: four by four words are transposed in registers.
+// Four by four words: column i of the rows becomes row i.
+inline void transpose(quad& a, quad& b, quad& c, quad& e) {
+    const quad ac0 = zip<0>(a, c), ac1 = zip<1>(a, c), be0 = zip<0>(b, e), be1 = zip<1>(b, e);
+    a = zip<0>(ac0, be0);
+    b = zip<1>(ac0, be0);
+    c = zip<0>(ac1, be1);
+    e = zip<1>(ac1, be1);
+}
+
+// `count` <= LANES queries as the panel of a product: (words, LANES), zeros for those that are not there.
 template <Operand OP>
-void pack_keys(const View& kv, int64_t first, int64_t count, int64_t column, int64_t d, int64_t words, uint32_t* out) {
+void pack_queries(const View& query, int64_t first, int64_t count, int64_t column, int64_t d, int64_t words,
+                  uint32_t* out) {
     uint32_t* temporary = static_cast<uint32_t*>(scratch(BYTES, 4 * words * 4));
-    memset(temporary, 0, 4 * words * 4);
-    for (int64_t j = 0; j < ceil_div(count, LANES) * LANES; j += 4) {
+    for (int64_t j = 0; j < LANES; j += 4) {
         const uint32_t* row[4];
         for (int i = 0; i < 4; ++i) {
-            if (j + i < count) {
-                row[i] = row_words<OP>(kv, first + j + i, column, d, words, temporary + i * words);
-            } else {
-                memset(temporary + i * words, 0, words * 4);
-                row[i] = temporary + i * words;
-            }
+            uint32_t* own = temporary + i * words;
+            row[i] = own;
+            if (j + i < count) row[i] = row_words<OP>(query, first + j + i, column, d, words, own);
+            else memset(own, 0, words * 4);
         }
-        uint32_t* to = out + j / LANES * words * LANES + j % LANES;
         for (int64_t w = 0; w < words; w += 4) {
-            const quad a = load<quad>(row[0] + w), b = load<quad>(row[1] + w);
-            const quad c = load<quad>(row[2] + w), e = load<quad>(row[3] + w);
-            const quad ac0 = zip<0>(a, c), ac1 = zip<1>(a, c), be0 = zip<0>(b, e), be1 = zip<1>(b, e);
-            store(to + (w + 0) * LANES, zip<0>(ac0, be0));
-            store(to + (w + 1) * LANES, zip<1>(ac0, be0));
-            store(to + (w + 2) * LANES, zip<0>(ac1, be1));
-            store(to + (w + 3) * LANES, zip<1>(ac1, be1));
+            quad a = load<quad>(row[0] + w), b = load<quad>(row[1] + w);
+            quad c = load<quad>(row[2] + w), e = load<quad>(row[3] + w);
+            transpose(a, b, c, e);
+            store(out + (w + 0) * LANES + j, a);
+            store(out + (w + 1) * LANES + j, b);
+            store(out + (w + 2) * LANES + j, c);
+            store(out + (w + 3) * LANES + j, e);
         }
     }
 }
 
-// Values (count, d) as panels of LANES columns; in a word one key, or two in bfloat16.
+// Keys (block.rows, d) as the rows of a product.
 template <Operand OP>
-void pack_values(const View& kv, int64_t first, int64_t count, int64_t column, int64_t d, int64_t words,
-                 uint32_t* out) {
-    float* row = static_cast<float*>(scratch(ROW, (d + LANES) * 4));
-    const int64_t panels = ceil_div(d, LANES);
-    if (words * per_word(OP) > count || d % LANES) memset(out, 0, panels * words * LANES * 4);
-    for (int64_t j = 0; j < count; ++j) {
-        if (OP == Operand::float32) {
-            const uint32_t* x = row_words<OP>(kv, first + j, column, d, d, reinterpret_cast<uint32_t*>(row));
-            for (int64_t p = 0; p < panels; ++p) {
-                memcpy(out + (p * words + j) * LANES, x + p * LANES, least(LANES, d - p * LANES) * 4);
+void pack_keys(const View& kv, int64_t first, int64_t column, int64_t d, const Block& block) {
+    uint32_t* temporary = static_cast<uint32_t*>(scratch(BYTES, block.words * 4));
+    for (int64_t i = 0; i < block.rows; ++i) {
+        pack_words(block, i, row_words<OP>(kv, first + i, column, d, block.words, temporary));
+    }
+}
+
+// Values (count, d), transposed: the d = block.rows columns as the rows of a product over the keys.
+template <Operand OP>
+void pack_values(const View& kv, int64_t first, int64_t count, int64_t column, const Block& block) {
+    const int64_t d = block.rows, padded = ceil_div(d, 4) * 4;
+    uint32_t* words = static_cast<uint32_t*>(scratch(BYTES, 4 * padded * 4));
+    for (int64_t w = 0; w < block.words; w += 4) {
+        const uint32_t* row[4];
+        for (int i = 0; i < 4; ++i) {
+            uint32_t* own = words + i * padded;
+            const int64_t key = (w + i) * per_word(OP);
+            row[i] = own;
+            if (OP == Operand::float32 && key < count) {
+                row[i] = row_words<OP>(kv, first + key, column, d, padded, own);
+                continue;
             }
-            continue;
+            memset(own, 0, padded * 4);
+            for (int half = 0; OP == Operand::bfloat16 && half < 2 && key + half < count; ++half) {
+                const uint16_t* x = static_cast<const uint16_t*>(kv.data) + (first + key + half) * kv.stride + column;
+                int64_t c = 0;
+                for (; c + WIDTH <= d; c += WIDTH) {
+                    const vu bits = __builtin_convertvector(load<vh>(x + c), vu);
+                    store(own + c, load<vu>(own + c) | (bits << (16 * half)));
+                }
+                for (; c < d; ++c) own[c] |= static_cast<uint32_t>(x[c]) << (16 * half);
+            }
         }
-        const uint16_t* x = static_cast<const uint16_t*>(kv.data) + (first + j) * kv.stride + column;
-        for (int64_t p = 0; p < panels; ++p) {
-            uint32_t* to = out + (p * words + j / 2) * LANES;
-            const int64_t n = least(LANES, d - p * LANES);
-            if (n == LANES) {
-                for (int v = 0; v < NV; ++v) {
-                    const vu bits = __builtin_convertvector(load<vh>(x + p * LANES + v * WIDTH), vu);
-                    store(to + v * WIDTH, j % 2 ? load<vu>(to + v * WIDTH) | (bits << 16) : bits);
-                }
-            } else {
-                for (int64_t i = 0; i < n; ++i) {
-                    const uint32_t bits = x[p * LANES + i];
-                    to[i] = j % 2 ? to[i] | (bits << 16) : bits;
-                }
+        for (int64_t c = 0; c < padded; c += 4) {
+            quad q[4] = {load<quad>(row[0] + c), load<quad>(row[1] + c), load<quad>(row[2] + c), load<quad>(row[3] + c)};
+            transpose(q[0], q[1], q[2], q[3]);
+            for (int64_t i = 0; i < least(4, d - c); ++i) {
+                const int64_t tile = (c + i) / MR * MR;
+                store(block.tile(tile) + 4 * (w / 4 * tile_rows(d - tile) + c + i - tile), q[i]);
             }
         }
     }
 }
 
-// A row of scores to 2^(score - largest), in place; returns the sum. Whole vectors; what lies beyond
-// `count` becomes as good as zero.
-float exponentials(float* x, int64_t count, int64_t padded) {
-    for (int64_t i = count; i < padded; ++i) x[i] = -3e38f;
-    vf top[NV] = {load<vf>(x), load<vf>(x + WIDTH)};
-    for (int64_t i = LANES; i < padded; i += LANES) {
-        for (int v = 0; v < NV; ++v) top[v] = maximum(top[v], load<vf>(x + i + v * WIDTH));
+// Scores (keys, LANES) to 2^(score - the column's largest), as the words (words, LANES) of a product, in
+// place; zeros beyond the keys. Returns the columns' sums.
+template <Operand OP>
+void exponentials(float* x, int64_t keys, int64_t words, vf* sums) {
+    vf top[NV], sum[2][NV] = {};
+    for (int v = 0; v < NV; ++v) top[v] = load<vf>(x + v * WIDTH);
+    for (int64_t i = 1; i < keys; ++i) {
+        for (int v = 0; v < NV; ++v) top[v] = maximum(top[v], load<vf>(x + i * LANES + v * WIDTH));
     }
-    const float largest = largest_lane(maximum(top[0], top[1]));
-    vf sum[NV] = {};
-    for (int64_t i = 0; i < padded; i += LANES) {
+    for (int64_t i = 0; i < keys; i += 2) {
+        vf e[2][NV];
+        for (int j = 0; j < 2; ++j) {
+            for (int v = 0; v < NV; ++v) {
+                e[j][v] = i + j < keys ? exp2_vector(load<vf>(x + (i + j) * LANES + v * WIDTH) - top[v]) : vf{};
+                sum[j][v] += e[j][v];
+            }
+        }
         for (int v = 0; v < NV; ++v) {
-            const vf e = exp2_vector(load<vf>(x + i + v * WIDTH) - largest);
-            store(x + i + v * WIDTH, e);
-            sum[v] += e;
+            if (OP == Operand::float32) {
+                store(x + i * LANES + v * WIDTH, e[0][v]);
+                if (i + 1 < keys) store(x + (i + 1) * LANES + v * WIDTH, e[1][v]);
+            } else {
+                store(x + i / 2 * LANES + v * WIDTH, rounded_bfloat16(e[0][v]) | (rounded_bfloat16(e[1][v]) << 16));
+            }
         }
     }
-    return sum_lanes(sum[0] + sum[1]);
+    const int64_t used = ceil_div(keys, per_word(OP));
+    memset(x + used * LANES, 0, (words - used) * LANES * sizeof(float));
+    for (int v = 0; v < NV; ++v) sums[v] = sum[0][v] + sum[1][v];
 }
 
+// One job a head, or a share of its queries. Both products have the queries in their lanes: a tile of
+// keys times a panel of queries gives scores (keys, LANES), whose softmax runs down the keys without a
+// step across lanes, and which are then, as they lie, the panel of the second product, values^T times
+// scores. Only the result (d, LANES) is transposed.
 template <Operand OP>
 void attention_operand(const AttentionArguments& p, int threads) {
     const int64_t d = p.head_size, width = p.heads * d;
-    const int64_t words = ceil_div(ceil_div(d, per_word(OP)), 4) * 4, value_panels = ceil_div(d, LANES);
+    const int64_t words = ceil_div(ceil_div(d, per_word(OP)), 4) * 4;
     const int64_t heads = p.segments * p.heads;
     // Fewer heads than would keep the threads busy: each is cut by queries, and its keys packed again.
     const int64_t parts = heads >= 2 * threads ? 1 : ceil_div(2 * threads, heads);
@@ -735,51 +807,53 @@ void attention_operand(const AttentionArguments& p, int threads) {
     for (int64_t job = 0; job < heads * parts; ++job) {
         const int64_t segment = job / (p.heads * parts), head = job / parts % p.heads, part = job % parts;
         const int64_t q_all = p.queries[segment + 1] - p.queries[segment];
-        const int64_t tiles = ceil_div(q_all, MR);
-        const int64_t q_first = p.queries[segment] + tiles * part / parts * MR;
-        const int64_t q_stop = p.queries[segment] + least(q_all, tiles * (part + 1) / parts * MR);
+        const int64_t panels = ceil_div(q_all, LANES);
+        const int64_t q_first = p.queries[segment] + panels * part / parts * LANES;
+        const int64_t q_stop = p.queries[segment] + least(q_all, panels * (part + 1) / parts * LANES);
         if (q_first >= q_stop) continue;
-        const int64_t first_key = p.keys[segment], keys = p.keys[segment + 1] - first_key;
-        const int64_t key_panels = ceil_div(keys, LANES), padded = key_panels * LANES;
-        const int64_t key_words = ceil_div(ceil_div(keys, per_word(OP)), 4) * 4;
-        uint32_t* packed_keys = static_cast<uint32_t*>(scratch(KEYS, padded * words * 4));
-        uint32_t* packed_values = static_cast<uint32_t*>(scratch(VALUES, value_panels * key_words * LANES * 4));
-        pack_keys<OP>(p.key_value, first_key, keys, head * d, d, words, packed_keys);
-        pack_values<OP>(p.key_value, first_key, keys, width + head * d, d, key_words, packed_values);
-        float* scores = static_cast<float*>(scratch(SCORES, MR * padded * sizeof(float)));
-        uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, MR * words * 4));
-        uint32_t* weights = static_cast<uint32_t*>(scratch(PACKED_HIDDEN, MR * key_words * 4));
-        uint32_t* bytes = static_cast<uint32_t*>(scratch(BYTES, most(words, key_words) * 4 + 64));
-        vf sums[MR * NV];
-        float inverse[MR];
-        for (int64_t q = q_first; q < q_stop; q += MR) {
-            const int64_t rows = least(MR, q_stop - q);
-            const int m = tile_rows(rows);
-            for (int64_t i = 0; i < rows; ++i) {
-                const uint32_t* x = row_words<OP>(p.query, q + i, head * d, d, words, bytes);
-                for (int64_t g = 0; g < words / 4; ++g) store(queries + 4 * (g * m + i), load<quad>(x + 4 * g));
+        const int64_t first_key = p.keys[segment], count = p.keys[segment + 1] - first_key;
+        const int64_t key_words = ceil_div(ceil_div(count, per_word(OP)), 4) * 4;
+        const Block keys = {static_cast<uint32_t*>(scratch(KEYS, Block::bytes(count, words))), nullptr, nullptr, count,
+                            words};
+        const Block values = {static_cast<uint32_t*>(scratch(VALUES, Block::bytes(d, key_words))), nullptr, nullptr, d,
+                              key_words};
+        pack_keys<OP>(p.key_value, first_key, head * d, d, keys);
+        pack_values<OP>(p.key_value, first_key, count, width + head * d, values);
+        // A tile may have a row more than there are keys, and words go in fours.
+        float* scores = static_cast<float*>(scratch(SCORES, (count + 8) * LANES * sizeof(float)));
+        uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, words * LANES * 4));
+        const int64_t padded = ceil_div(d, 4) * 4;
+        float* columns = static_cast<float*>(scratch(PACKED_HIDDEN, (padded + MR) * LANES * sizeof(float)));
+        float* rows = static_cast<float*>(scratch(ROW, LANES * padded * sizeof(float)));
+        for (int64_t q = q_first; q < q_stop; q += LANES) {
+            pack_queries<OP>(p.query, q, least(LANES, q_stop - q), head * d, d, words, queries);
+            for (int64_t i = 0; i < count; i += MR) {
+                multiply_tile<OP>(tile_rows(count - i), keys.tile(i), queries, words / 4, scores + i * LANES);
             }
-            for (int64_t panel = 0; panel < key_panels; ++panel) {
-                multiply_tile<OP>(m, queries, packed_keys + panel * words * LANES, words / 4, scores + panel * LANES,
-                                  padded);
+            vf sums[NV];
+            exponentials<OP>(scores, count, key_words, sums);
+            for (int64_t c = 0; c < d; c += MR) {
+                multiply_tile<OP>(tile_rows(d - c), values.tile(c), reinterpret_cast<uint32_t*>(scores), key_words / 4,
+                                  columns + c * LANES);
             }
-            const Block block = {weights, nullptr, nullptr, rows, key_words};
-            for (int64_t i = 0; i < rows; ++i) {
-                inverse[i] = 1.0f / exponentials(scores + i * padded, keys, padded);
-                pack_row<OP>(block, i, scores + i * padded, key_words * per_word(OP), bytes);
-            }
-            for (int64_t panel = 0; panel < value_panels; ++panel) {
-                multiply_tile<OP>(m, weights, packed_values + panel * key_words * LANES, key_words / 4, sums);
-                for (int64_t i = 0; i < rows; ++i) {
-                    float row[LANES];
-                    for (int v = 0; v < NV; ++v) store(row + v * WIDTH, sums[NV * i + v] * inverse[i]);
-                    View out = p.out;
-                    const int64_t at = (q + i) * out.stride + head * d + panel * LANES;
-                    if (out.type == Type::float32) out.data = static_cast<float*>(out.data) + at;
-                    else out.data = static_cast<uint16_t*>(out.data) + at;
-                    write_row(out, 0, least(LANES, d - panel * LANES), row);
+            for (int64_t c = 0; c < d; ++c) {
+                for (int v = 0; v < NV; ++v) {
+                    float* x = columns + c * LANES + v * WIDTH;
+                    store(x, load<vf>(x) / sums[v]);
                 }
             }
+            for (int64_t c = 0; c < padded; c += 4) {
+                for (int64_t j = 0; j < LANES; j += 4) {
+                    const float* x = columns + c * LANES + j;
+                    quad r[4] = {load<quad>(x), load<quad>(x + LANES), load<quad>(x + 2 * LANES), load<quad>(x + 3 * LANES)};
+                    transpose(r[0], r[1], r[2], r[3]);
+                    for (int i = 0; i < 4; ++i) store(rows + (j + i) * padded + c, r[i]);
+                }
+            }
+            View out = p.out;
+            const int64_t size = out.type == Type::float32 ? 4 : 2;
+            out.data = static_cast<char*>(out.data) + head * d * size;
+            for (int64_t i = 0; i < least(LANES, q_stop - q); ++i) write_row(out, q + i, d, rows + i * padded);
         }
     }
 }
@@ -917,13 +991,21 @@ void tokenize(const TokenizeArguments& p, int threads) {
         // A tile's rows are written whole before the next tile: templates and rows stream through once.
         for (int64_t first = 0; first < rows; first += MR) {
             const int64_t m = least(MR, rows - first);
+            int64_t start[MR];  // of each row's token, in the residual and in the template alike
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t f = (first + i) / t_count, t = t_first + (first + i) % t_count;
+                start[i] = (1 + t * p.columns + f) * p.width;
+            }
             for (int64_t panel = 0; panel < p.weight.panels; ++panel) {
                 const int64_t column = panel * LANES, count = least(LANES, p.width - column);
+                for (int64_t i = 0; i < m; ++i) {
+                    __builtin_prefetch(residual + start[i] + column, 1);
+                    __builtin_prefetch(rows_template + start[i] + column);
+                }
                 multiply_tile<Operand::float32>(tile_rows(m), block.tile(first), p.weight.data + panel * words * LANES,
                                                 words / 4, sums);
                 for (int64_t i = 0; i < m; ++i) {
-                    const int64_t f = (first + i) / t_count, t = t_first + (first + i) % t_count;
-                    const int64_t at = (1 + t * p.columns + f) * p.width + column;
+                    const int64_t at = start[i] + column;
                     if (count == LANES) {
                         for (int v = 0; v < NV; ++v) {
                             store(residual + at + v * WIDTH, sums[NV * i + v] + load<vf>(rows_template + at + v * WIDTH));
