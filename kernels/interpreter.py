@@ -1,4 +1,4 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), which runs the kernels on CPU tensors: two things mended."""
+"""Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on CPU tensors: three things mended."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def mend() -> None:
     """Mends what Triton 3.6 gets wrong.
 
     A loop's bound may be a value that the kernel loaded: Triton keeps a scalar as a (1,) array and
-    calls ``int`` on it, which NumPy 2.4 refuses. And conversions round as a GPU's do: Triton's own
-    truncate to bfloat16, and lose the carry where rounding to float8 reaches the next power of two.
+    calls ``int`` on it, which NumPy 2.4 refuses. Conversions round as a GPU's do: Triton's own truncate
+    to bfloat16, and lose the carry where rounding to float8 reaches the next power of two. Products of
+    bfloat16 are of the values; Triton multiplies their bits as integers.
     """
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -49,3 +51,12 @@ def mend() -> None:
         return rounded.view(bits[rounded.element_size()]).numpy()
 
     interpreter._convert_float = converted
+
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    builder.create_dot = create_dot
