@@ -60,7 +60,8 @@ def reconstruction_figure(
                 )
                 axes.set_ylim(low - margin, high + margin)
                 axes.set_title(f"window {b}, channel {c}", loc="left", fontsize=9)
-        panels[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
+        lines, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(lines, labels, frameon=False, fontsize=8, ncols=2, loc="outside upper right")
         for axes in panels[-1]:
             axes.set_xlabel("time (s)")
     return figure

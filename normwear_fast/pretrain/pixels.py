@@ -44,6 +44,8 @@ class SeriesPatches(nn.Module):
     gathered from it. The matrix has 386 x 25,155 values, 39 MB, whatever the batch.
     """
 
+    matrix: Tensor
+
     def __init__(self, config: NormWearConfig) -> None:
         super().__init__()
         self.config = config
@@ -84,7 +86,7 @@ class SeriesPatches(nn.Module):
                 inputs = derivatives(series[part].float()).flatten(0, 1)
                 pixels = torch.mm(inputs, self.matrix, out=block[: len(inputs)])
                 sequence = torch.arange(len(inputs), device=series.device).view(-1, 1, 3)
-                rows = (sequence * patches + kept[part, :, None]).flatten()  # of (s, 3, patches)
-                pixels = pixels.view(-1, area).index_select(0, rows)
+                chosen = (sequence * patches + kept[part, :, None]).flatten()  # of (s, 3, patches)
+                pixels = pixels.view(-1, area).index_select(0, chosen)
                 out[part] = pixels.view(-1, count, 3, area)
         return out.flatten(2)

@@ -36,7 +36,7 @@ from normwear_fast.errors import InputError, OutputError, UsageError
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
 from normwear_fast.pretrain.checkpoint import load_checkpoint, save_checkpoint
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
-from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches
+from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches, mask_of
 from normwear_fast.pretrain.pixels import SeriesPatches
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class PretrainReport:
 
 
 class TrainingStep(nn.Module):
-    """Series and noise to the loss: what a device does with a micro-batch, gradients apart.
+    """Series and noise to loss and reconstruction: what a device does with a micro-batch.
 
     Args:
         model: trained.
@@ -177,11 +177,12 @@ class TrainingStep(nn.Module):
         if compile:
             self._reconstruct = torch.compile(model.reconstruct, dynamic=False)
 
-    def forward(self, series: Tensor, noise: Noise) -> Tensor:
-        """(B, C, samples) and its (B C) rows of noise -> the mean squared error."""
+    def forward(self, series: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """(B, C, samples) and its (B C) rows of noise -> the mean squared error, (B, C, samples)."""
         kept = kept_patches(noise, self.scheme, self.model.config)
         pixels = self.series_patches(series.flatten(0, 1), kept)
-        return F.mse_loss(self._reconstruct(pixels, kept).float(), series)
+        reconstruction = self._reconstruct(pixels, kept).float()
+        return F.mse_loss(reconstruction, series), reconstruction
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -399,10 +400,11 @@ class _Task:
                     last = stop or step == settings.steps
                     if last or _due(step, run.checkpoint_every):
                         self._save(fabric, module, optimizer, step, skipped, identity)
-                    if _due(step, run.picture_every) and log is not None:
-                        self._picture(log, step, fabric.device)
-                    if self.probe is not None and _due(step, run.probe_every) and log is not None:
-                        self._probe(log, step)
+                    if _due(step, run.picture_every):
+                        self._picture(module, log, step, fabric.device)
+                    if self.probe is not None and _due(step, run.probe_every):
+                        self._probe(module, optimizer, log, step, fabric.device)
+                        fabric.barrier()
                     if stop:
                         break
                     module.train()
@@ -449,7 +451,7 @@ class _Task:
             )
             more = i + 1 < settings.accumulate
             with fabric.no_backward_sync(module, enabled=more):
-                loss = module(series, noise) / settings.accumulate
+                loss = module(series, noise)[0] / settings.accumulate
                 fabric.backward(loss)
             total += loss.detach()
         norm = fabric.clip_gradients(
@@ -486,6 +488,18 @@ class _Task:
             "initial_crc32": initial,
         }
 
+    def _state(self, module: Any, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Released names, and the optimiser's moments; whole on the first process."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        weights, moments = get_state_dict(
+            module._forward_module,
+            optimizer.optimizer,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        released = {name.removeprefix("model."): value for name, value in weights.items()}
+        return cast(dict[str, Tensor], released), moments
+
     def _save(
         self,
         fabric: Fabric,
@@ -495,30 +509,16 @@ class _Task:
         skipped: int,
         identity: dict[str, Any],
     ) -> None:
-        """The checkpoint, and the released layout beside it; all processes take part."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
+        """The checkpoint, and the released layout beside it."""
         from normwear_fast.weights import save_pretrained
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = get_state_dict(
-            module._forward_module, optimizer.optimizer, options=options
-        )
+        weights, moments = self._state(module, optimizer)
         if fabric.is_global_zero:
-            weights = {name.removeprefix("model."): value for name, value in weights.items()}
-            save_checkpoint(
-                self.output,
-                {
-                    "identity": identity,
-                    "step": step,
-                    "skipped": skipped,
-                    "model": weights,
-                    "optimizer": moments,
-                },
-            )
+            state = {"identity": identity, "step": step, "skipped": skipped}
+            save_checkpoint(self.output, {**state, "model": weights, "optimizer": moments})
             save_pretrained(
                 self.output,
-                cast(dict[str, Tensor], weights),
+                weights,
                 self.config,
                 optimized_cwt=True,
                 metadata={"source": "normwear-fast pretrain", "step": str(step)},
@@ -557,54 +557,51 @@ class _Task:
         )
 
     @torch.no_grad()
-    def _picture(self, log: Log, step: int, device: torch.device) -> None:
+    def _picture(self, module: Any, log: Log | None, step: int, device: torch.device) -> None:
         """The same windows and masks every time, so that pictures show the training alone."""
         from normwear_fast.pretrain.data import training_batch
         from normwear_fast.pretrain.pictures import reconstruction_figure
 
-        count = min(PICTURED, len(self.shards))
+        config, scheme = self.config, cast(Any, self.settings.mask)
         series = training_batch(
             cast(Any, self.shards),
-            Order(len(self.shards), self.settings.seed)(0, count),
-            channels=self.config.pretrain_channels,
-            samples=self.config.pretrain_samples,
+            Order(len(self.shards), self.settings.seed)(0, min(PICTURED, len(self.shards))),
+            channels=config.pretrain_channels,
+            samples=config.pretrain_samples,
             mixup=False,
             rng=np.random.default_rng((self.settings.seed, 2)),
         )
-        target = torch.from_numpy(series).to(device)
         generator = torch.Generator(device).manual_seed(_seed_of(self.settings.seed, 0))
-        scheme = cast(Any, self.settings.mask)
-        rows = target.shape[0] * target.shape[1]
-        noise = draw_noise(self.config, scheme, rows, generator=generator, device=device)
-        kept = kept_patches(noise, scheme, self.config)
-        self.model.eval()
-        pixels = SeriesPatches(self.config).to(device)(target.flatten(0, 1), kept)
-        found = self.model.reconstruct(pixels, kept).float().cpu().numpy()
-        hidden = _hidden_time(kept.cpu(), self.config).reshape(*found.shape[:2], -1)
-        log.picture("reconstruction", reconstruction_figure(series, found, hidden), step)
+        rows = series.shape[0] * series.shape[1]
+        noise = draw_noise(config, scheme, rows, generator=generator, device=device)
+        module.eval()
+        found = module(torch.from_numpy(series).to(device), noise)[1].cpu().numpy()
+        if log is not None:
+            removed = mask_of(kept_patches(noise, scheme, config).cpu(), config.grid_tokens - 1)
+            hidden = removed.view(*found.shape[:2], config.grid_rows, config.grid_columns).mean(3)
+            figure = reconstruction_figure(series, found, hidden.numpy())
+            log.picture("reconstruction", figure, step)
 
-    def _probe(self, log: Log, step: int) -> None:
+    def _probe(
+        self, module: Any, optimizer: Any, log: Log | None, step: int, device: torch.device
+    ) -> None:
         """Scores of a linear probe on the encoder as it stands."""
         from normwear_fast.evaluate.baselines import NormWear
         from normwear_fast.evaluate.run import evaluate
         from normwear_fast.model import FastNormWear
 
+        weights, _ = self._state(module, optimizer)
+        if log is None:
+            return
         assert self.probe is not None
         encoder = FastNormWear(True, config=self.config, precision="float32")
-        encoder.load_state_dict(self.model.state_dict())
-        embedder = NormWear(encoder.to(self.model.cls_token.device), f"step {step}")
+        encoder.load_state_dict(weights)
+        embedder = NormWear(encoder.to(device), f"step {step}")
         rows = evaluate([self.probe], [embedder], resamples=0, seed=self.settings.seed).rows
         scores = {f"{row.name} {row.task.name}": float(row.result.score) for row in rows}
         log.write(PROBES_FILE, {"step": step, **scores})
         shown = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         self.say(f"step {step}: probe {shown}")
-
-
-def _hidden_time(kept: Tensor, config: NormWearConfig) -> NDArray[np.float64]:
-    """(S, k) -> (S, rows): the share of each patch row that was removed."""
-    columns = config.grid_columns
-    mask = torch.ones(len(kept), config.grid_rows * columns).scatter_(1, kept, 0.0)
-    return mask.unflatten(1, (-1, columns)).mean(2).double().numpy()
 
 
 def _seed_of(seed: int, number: int) -> int:
