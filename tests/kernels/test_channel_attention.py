@@ -1,0 +1,153 @@
+"""channel_attention in Triton, interpreted, against its definition in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from normwear_fast import operators
+from normwear_fast.gpu import FixedSegments
+from normwear_fast.kernels import channel_attention as module
+from normwear_fast.kernels.channel_attention import channel_attention
+from normwear_fast.packing import Segments
+
+CPU = torch.device("cpu")
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def draw(rng, rows, width, heads, dtype) -> torch.Tensor:
+    """(rows, 3 E) queries, keys and values inside a wider matrix of NaN; queries as after folding."""
+    qkv = torch.from_numpy(rng.standard_normal((rows, 3 * width)))
+    qkv[:, :width] *= 2 * (width // heads) ** -0.5 / np.log(2)
+    wide = torch.full((rows, 3 * width + 16), torch.nan, dtype=dtype)
+    wide[:, : 3 * width] = qkv.to(dtype)
+    return wide[:, : 3 * width]
+
+
+def check(qkv, width, queries, keys, heads, query=None, cases=None) -> None:
+    """Parity into a poisoned buffer with two rows of nobody's after the last segment."""
+    query = qkv[:, :width] if query is None else query
+    key_value = qkv[:, width:]
+    exact = operators.channel_attention(query.double(), key_value.double(), queries, keys, heads)
+    out = torch.full((queries.total + 2, width + 8), torch.nan, dtype=qkv.dtype)
+    got = channel_attention(query, key_value, queries, keys, heads, out=out[:, :width])
+    assert got.data_ptr() == out.data_ptr()
+    assert out[queries.total :].isnan().all()
+    assert out[:, width:].isnan().all()
+    close(out[: queries.total, :width], exact, key_value[:, width:].abs().max())
+
+
+def close(got: torch.Tensor, exact: torch.Tensor, largest: torch.Tensor) -> None:
+    """Weights, rounded to bfloat16, move a mean of values by 2^-9 of the largest; in float32 the
+    rounding of scores of 10 or so does, by 1e-6."""
+    rounding = torch.finfo(got.dtype).eps
+    bound = rounding / 2 * exact.abs() + (2e-6 if got.dtype == FLOAT32 else 2**-9) * largest
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(("heads", "size"), [(2, 64), (1, 16), (1, 32), (1, 128)])
+def test_tokens_of_a_channel(dtype, heads, size):
+    rng = np.random.default_rng()
+    ragged = [int(n) for n in rng.permutation([66, 1, 65, 64, 129, *rng.integers(2, 200, 1)])]
+    sequences, width = Segments(ragged, CPU), heads * size
+    check(draw(rng, sequences.total, width, heads, dtype), width, sequences, sequences, heads)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_cls_rows_of_windows(dtype):
+    rng = np.random.default_rng()
+    windows = Segments([*range(1, 15), 64, 33], CPU)
+    check(draw(rng, windows.total, 128, 2, dtype), 128, windows, windows, 2)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_one_query_a_channel(dtype):
+    rng = np.random.default_rng()
+    sequences = Segments([40, 131, 64, 200], CPU)
+    ones = Segments([1] * len(sequences), CPU)
+    qkv = draw(rng, sequences.total, 128, 2, dtype)
+    query = qkv[sequences.cu[:-1].long(), :128]
+    check(qkv, 128, ones, sequences, 2, query=query)
+
+
+CASES = {
+    "long": module.LONG_CHOICES,
+    "short": module.SHORT_CHOICES,
+    "few": module.FEW_CHOICES,
+    "full": module.FLOAT32_CHOICES,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_choice(name, monkeypatch):
+    """Whatever a device measures as fastest: the class is for speed, any choice takes any lengths."""
+    rng = np.random.default_rng()
+    sequences = Segments([1, 70, 150], CPU)
+    qkv = draw(rng, sequences.total, 16, 1, FLOAT32 if name == "full" else BFLOAT16)
+    seen = set()
+    for choice in (choice for row in CASES[name].values() for choice in row):
+        if str(choice.blocks) not in seen:
+            seen.add(str(choice.blocks))
+            monkeypatch.setattr(module, "pick", lambda *_, choice=choice: choice)
+            check(qkv, 16, sequences, sequences, 1)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_tables_of_fixed_size(dtype):
+    """Entries that stand for nothing: tiles of segment -1, segments of no rows."""
+    rng = np.random.default_rng()
+    real = Segments([80, 5, 171], CPU)
+    tables = FixedSegments(5, 400, CPU)
+    tables.fill(real)
+    qkv = draw(rng, 400, 64, 1, dtype)
+    exact = operators.channel_attention(
+        qkv[:256, :64].double(), qkv[:256, 64:].double(), real, real, 1
+    )
+    out = torch.full((400, 64), torch.nan, dtype=dtype)
+    channel_attention(qkv[:, :64], qkv[:, 64:], tables, tables, 1, out=out)
+    close(out[:256], exact, qkv[:, 128:].abs().max())
+    assert out[256:].isnan().all()
+    # One query each, more of them than there are sequences: the rest attends to nothing.
+    ones = Segments([1] * 5, CPU)
+    query, out = qkv[:5, :64].clone(), torch.full((5, 64), torch.nan, dtype=dtype)
+    channel_attention(query, qkv[:, 64:], ones, tables, 1, out=out)
+    few = operators.channel_attention(
+        query[:3].double(), qkv[:256, 64:].double(), Segments([1] * 3, CPU), real, 1
+    )
+    close(out[:3], few, qkv[:, 128:].abs().max())
+    assert (out[3:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_a_neighbour_of_nan_and_large_scores():
+    """What is not a segment's own cannot reach it; the largest score may be anywhere."""
+    rng = np.random.default_rng()
+    sequences = Segments([70, 90], CPU)
+    qkv = draw(rng, 160, 64, 1, FLOAT32)
+    qkv[:, :64] *= 60  # scores of hundreds: 2^score alone would overflow
+    qkv[70:, 64:] = torch.nan
+    first = Segments([70], CPU)
+    exact = operators.channel_attention(
+        qkv[:70, :64].double(), qkv[:70, 64:].double(), first, first, 1
+    )
+    got = channel_attention(qkv[:, :64], qkv[:, 64:], sequences, sequences, 1)
+    torch.testing.assert_close(got[:70].double(), exact, rtol=1e-4, atol=2e-4)
+    assert got[70:].isnan().all()
+
+
+def test_what_runs_plain():
+    rng = np.random.default_rng()
+    sequences = Segments([7, 3], CPU)
+    for width, heads, dtype in ((16, 2, FLOAT32), (64, 1, torch.float64)):
+        qkv = draw(rng, 10, width, heads, dtype)
+        exact = operators.channel_attention(
+            qkv[:, :width].double(), qkv[:, width:].double(), sequences, sequences, heads
+        )
+        got = channel_attention(qkv[:, :width], qkv[:, width:], sequences, sequences, heads)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    empty = Segments([], CPU)
+    none = torch.zeros(0, 192)
+    assert channel_attention(none[:, :64], none[:, 64:], empty, empty, 1).shape == (0, 64)
