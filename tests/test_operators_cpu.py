@@ -17,6 +17,7 @@ from helpers import ENCODER_GOLDENS, golden, golden_config, recipe_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench import native_checks
 from normwear_fast import _native, backends, engine, native, operators
 from normwear_fast.backends import TORCH
 from normwear_fast.config import NormWearConfig
@@ -446,6 +447,21 @@ def test_a_float64_model_takes_the_definition():
     x = torch.randn(1, 2, 60, dtype=torch.float64)
     plain = FastNormWear(config=TINY, backend="torch").double().requires_grad_(False)
     assert (model(x) - plain(x)).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
+def test_the_checks_of_another_machine_see_a_broken_operator(monkeypatch):
+    """bench/native_checks.py, which bench.gpu_check runs on its machine too."""
+    known = dict(native_checks.checks())
+    assert len(known) == 22 * len(native.instruction_sets())
+    check = known[f"{native.instruction_sets()[0]} bias_gelu float32"]
+    good = check()
+    assert good["error"] <= good["bound"]
+    assert good["stable"]
+    monkeypatch.setattr(native, "bias_gelu", lambda kernels, x, bias: x.mul_(1.001))
+    assert not check()["error"] <= good["bound"]
+    monkeypatch.setattr(native, "bias_gelu", lambda kernels, x, bias: x.fill_(torch.nan))
+    assert not check()["error"] <= good["bound"]
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.55, "avx512"), (1.9, "avx512bf16")])
