@@ -26,6 +26,8 @@ COMMANDS = {
     "prepare": ("normwear_fast.cli.prepare", "recordings to shards for pretraining"),
     "convert": ("normwear_fast.cli.convert", "any checkpoint to safetensors"),
     "pretrain": ("normwear_fast.cli.pretrain", "train a model on prepared series"),
+    "finetune": ("normwear_fast.cli.finetune", "train a head or the encoder on labelled windows"),
+    "predict": ("normwear_fast.cli.predict", "recordings to predictions of a fine-tuned model"),
     "probe": ("normwear_fast.cli.probe", "linear probing, and preparing the public sets"),
     "zeroshot": ("normwear_fast.cli.zeroshot", "ask recordings a question in words"),
     "zeroshot-train": ("normwear_fast.cli.zeroshot_train", "train the zero-shot fusion module"),
