@@ -1,0 +1,343 @@
+"""The training loop: resume, schedule, what bad numbers do, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from test_pretrain import TINY
+
+import normwear_fast.pretrain.data as pretrain_data
+from normwear_fast import FastNormWear
+from normwear_fast.cli.main import main
+from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
+from normwear_fast.pretrain.checkpoint import CHECKPOINT_FILE
+from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE
+from normwear_fast.pretrain.trainer import (
+    MAX_SKIPPED,
+    Order,
+    PretrainSettings,
+    RunSettings,
+    parameter_groups,
+    pretrain,
+)
+from normwear_fast.weights import load_checkpoint
+
+SETTINGS = PretrainSettings(
+    steps=6, batch_size=2, accumulate=2, base_learning_rate=0.1, warmup=2, seed=5
+)
+CPU = RunSettings(accelerator="cpu", devices=1, checkpoint_every=0, picture_every=0, probe_every=0)
+
+
+class Waves:
+    """Series in memory with the shards' two methods."""
+
+    def __init__(self, count=5):
+        generator = np.random.default_rng(3)
+        phase = generator.uniform(0, 6, (count, 3, 1))
+        rate = generator.uniform(1, 9, (count, 3, 1))
+        wave = np.sin(phase + rate * np.arange(390) / 65)
+        self.values = (wave + 0.1 * generator.standard_normal(wave.shape)).astype(np.float32)
+
+    def __len__(self):
+        return len(self.values)
+
+    def series(self, index):
+        return self.values[index]
+
+
+def curve(folder, columns=("step", "loss", "learning_rate", "gradient_norm", "skipped")):
+    with (folder / STEPS_FILE).open(newline="") as file:
+        return [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+
+
+def weights_of(folder):
+    return load_checkpoint(folder).state_dict
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    report = pretrain(Waves(), TINY, SETTINGS, folder, run=CPU)
+    assert (report.step, report.steps, report.skipped) == (6, 6, 0)
+    return folder
+
+
+# -- what a run leaves -----------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_a_model(whole):
+    losses = [float(loss) for _, loss in curve(whole, ("step", "loss"))]
+    assert len(losses) == SETTINGS.steps
+    assert losses[-1] < 0.9 * losses[0]
+    model = FastNormWear.from_pretrained(whole)
+    assert model.config == TINY
+    assert model.optimized_cwt
+    assert model.get_embedding(np.ones((1, 2, 390), np.float32)).shape == (1, 2, 560, 32)
+    assert any((whole / "tensorboard").iterdir())
+    kinds = {name: value.dtype for name, value in weights_of(whole).items()}
+    plain = MaskedAutoencoder(TINY).state_dict()
+    assert kinds == {name: value.dtype for name, value in plain.items()}
+
+
+def test_batch_norm_statistics_are_saved(whole):
+    saved = weights_of(whole)
+    assert saved["spatial_recon.norm.num_batches_tracked"] == SETTINGS.steps * SETTINGS.accumulate
+    assert not torch.equal(
+        saved["spatial_recon.norm.running_mean"], torch.zeros(4 * TINY.decoder_embed_dim)
+    )
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+import test_trainer as t
+t.pretrain(t.Waves(), t.TINY, t.SETTINGS, {folder!r}, run=t.replace(t.CPU, checkpoint_every=2))
+"""
+
+
+def test_killed_in_the_middle_of_an_epoch(whole, tmp_path):
+    """SIGKILL between two checkpoints, epochs of 5 windows against steps of 4: the same losses, bit
+    for bit, and the same weights."""
+    torch_threads = str(torch.get_num_threads())
+    code = RUN.format(path=sys.path, folder=os.fspath(tmp_path))
+    environment = os.environ | {"OMP_NUM_THREADS": torch_threads}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        while not (tmp_path / STEPS_FILE).exists() or len(curve(tmp_path)) < 3:
+            assert child.poll() is None
+            time.sleep(0.02)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    said = []
+    pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU, say=said.append)
+    assert said[0].startswith("going on after step ")
+    assert curve(tmp_path) == curve(whole)
+    wanted = weights_of(whole)
+    for name, value in weights_of(tmp_path).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
+    def make(*args, **options):
+        make.calls += 1
+        if make.calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(*args, **options)
+
+    make.calls, batch = 0, pretrain_data.training_batch
+    monkeypatch.setattr(pretrain_data, "training_batch", make)
+    before = signal.getsignal(signal.SIGINT)
+    report = pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
+    assert 0 < report.step < SETTINGS.steps
+    assert signal.getsignal(signal.SIGINT) is before
+    assert pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU).step == SETTINGS.steps
+    assert curve(tmp_path) == curve(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shards", "message"),
+    [
+        (replace(SETTINGS, seed=6), Waves(), "seed was 5, is 6"),
+        (replace(SETTINGS, steps=9), Waves(), "steps was 6, is 9"),
+        (SETTINGS, Waves(6), "series was 5, is 6"),
+    ],
+)
+def test_another_run_in_the_folder(settings, shards, message, whole):
+    before = (whole / CHECKPOINT_FILE).read_bytes()
+    with pytest.raises(OutputError, match=message):
+        pretrain(shards, TINY, settings, whole, run=CPU)
+    assert (whole / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_finished_run_is_left_as_it_is(whole):
+    before = (whole / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(Waves(), TINY, SETTINGS, whole, run=CPU).step == SETTINGS.steps
+    assert (whole / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_damaged_checkpoint(whole, tmp_path):
+    content = (whole / CHECKPOINT_FILE).read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a checkpoint"):
+        (tmp_path / CHECKPOINT_FILE).write_bytes(damaged)
+        with pytest.raises(OutputError, match=r"damaged; nothing in it was run"):
+            pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
+
+
+# -- numbers that are none -------------------------------------------------------------------------
+
+
+def test_steps_without_a_finite_loss_change_nothing(tmp_path, monkeypatch):
+    """Steps 2 and 4 meet a NaN and an infinity: skipped, counted, no weight and no statistic of them."""
+    batch = pretrain_data.training_batch
+    # A micro-batch is known by the generator it is given.
+    poison = [
+        (np.random.default_rng((SETTINGS.seed, 1, number)).bit_generator.state, value)
+        for number, value in ((2, np.nan), (7, np.inf))
+    ]
+
+    def poisoned(shards, indices, *, rng, **options):
+        start = rng.bit_generator.state
+        found = batch(shards, indices, rng=rng, **options)
+        for state, value in poison:
+            if start == state:
+                found[0, 1, 100] = value
+        return found
+
+    monkeypatch.setattr(pretrain_data, "training_batch", poisoned)
+    report = pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
+    assert report.skipped == 2
+    rows = curve(tmp_path, ("step", "loss", "skipped"))
+    assert [skipped for _, _, skipped in rows] == ["0", "1", "1", "2", "2", "2"]
+    assert [math.isfinite(float(loss)) for _, loss, _ in rows] == [True, False] * 2 + [True] * 2
+    saved = weights_of(tmp_path)  # load_checkpoint refuses what is not finite
+    assert saved["spatial_recon.norm.num_batches_tracked"] == 4 * SETTINGS.accumulate
+
+
+def test_a_run_that_only_skips_ends(tmp_path, monkeypatch):
+    batch = pretrain_data.training_batch
+    monkeypatch.setattr(
+        pretrain_data, "training_batch", lambda *a, **o: batch(*a, **o) * np.float32(np.nan)
+    )
+    settings = replace(SETTINGS, steps=200, batch_size=1, accumulate=1)
+    with pytest.raises(InputError, match=f"steps 1 to {MAX_SKIPPED}: no finite loss"):
+        pretrain(Waves(), TINY, settings, tmp_path, run=CPU)
+
+
+# -- the recipe ------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    settings = PretrainSettings(steps=100, warmup=10)
+    rates = [settings.learning_rate(step, 512) for step in range(100)]
+    assert rates[0] == pytest.approx(2e-4)
+    assert max(rates) == rates[9] == rates[10] == pytest.approx(2e-3)
+    assert rates[55] == pytest.approx(1e-3)
+    assert 0 < rates[99] < 1e-6 + 2e-3 * 3.1e-4
+    assert PretrainSettings(steps=100).learning_rate(9, 256) == pytest.approx(1e-3)
+
+
+def test_weight_decay_groups():
+    model = MaskedAutoencoder(TINY)
+    decayed, free = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    names = {id(value): name for name, value in model.named_parameters()}
+    without = {names[id(value)] for value in free["params"]}
+    assert {"cls_token", "mask_token", "norm.weight", "patch_embed.proj.bias"} <= without
+    assert all(n.endswith(("bias", "token")) or "norm" in n for n in without)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert len(decayed["params"]) + len(free["params"]) == len(trained)
+
+
+def test_order_is_epochs():
+    order = Order(7, seed=1)
+    drawn = [int(i) for first in range(0, 21, 3) for i in order(first, 3)]
+    epochs = [drawn[i : i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [int(i) for i in Order(7, seed=1)(9, 4)] == drawn[9:13]
+    assert [int(i) for i in Order(7, seed=2)(0, 7)] != epochs[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"mask": "blocks"},
+        {"base_learning_rate": math.nan},
+        {"warmup": 7},
+        {"clip": 0.0},
+        {"precision": "fp8"},
+        {"seed": -1},
+    ],
+)
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        PretrainSettings(**{**asdict(SETTINGS), **wrong})
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Waves as a shard on disk."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    kind = pa.list_(pa.list_(pa.float32()))
+    values = [list(map(list, each)) for each in Waves().values]
+    pq.write_table(pa.table({"series": pa.array(values, kind)}), folder / "part.parquet")
+    return folder
+
+
+def labelled(folder):
+    generator = np.random.default_rng(0)
+    data = {}
+    for half, count in (("train", 8), ("test", 6)):
+        y = np.arange(count) % 2
+        wave = np.sin((1 + 8 * y[:, None, None]) * np.arange(390) / 65)
+        data[f"x_{half}"] = wave + 0.1 * generator.standard_normal((count, 1, 390))
+        data[f"y_{half}"] = y
+    np.savez(folder / "labelled.npz", sampling_rate=65.0, **data)
+    return folder / "labelled.npz"
+
+
+def test_command(shards, tmp_path, capsys):
+    sizes = tmp_path / "tiny.json"
+    sizes.write_text(TINY.to_json())
+    output = tmp_path / "run"
+    command = ["pretrain", shards, "--output", output, "--config", sizes, "--device", "cpu"]
+    command += ["--steps", 2, "--batch-size", 2, "--accumulate", 1, "--probe", labelled(tmp_path)]
+    command += ["--probe-every", 2, "--picture-every", 2, "--precision", "bfloat16"]
+    assert main([*map(str, command), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["step"], report["skipped"]) == (2, 0)
+    assert (output / "pictures" / "reconstruction-000002.png").stat().st_size > 10_000
+    with (output / PROBES_FILE).open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row.pop("step") == "2"
+    assert all(0 <= float(score) <= 1 for score in row.values())
+    command[command.index("--config") : command.index("--config") + 2] = ["--start-from", output]
+    command[command.index("--output") + 1] = tmp_path / "further"
+    assert main([*map(str, command)]) == 0
+    assert "2 of 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--config", "huge"], "neither base nor small"),
+        (["--steps", "0"], "steps is 0"),
+        (["--devices", "many"], "devices many"),
+        (["--device", "tpu9"], "device"),
+        (["--probe", "nowhere"], "nowhere"),
+        (["--start-from", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_command_used_wrongly(extra, message, shards, tmp_path, capsys):
+    command = ["pretrain", str(shards), "--output", str(tmp_path / "run"), *extra]
+    if "--config" not in extra:
+        command += ["--config", "small"]
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "run").exists()
