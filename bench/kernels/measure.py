@@ -1,0 +1,55 @@
+"""What the kernels' checks and timings share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def default_device() -> torch.device:
+    """The GPU; the CPU where there is none, for Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def twice(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The result of a run, and 1.0 if a second one gives the same bits."""
+    first, second = run(), run()
+    same = torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    return first, float(same)
+
+
+def excess(got: Tensor, exact: Tensor, absolute: float, relative: float) -> dict[str, float]:
+    """Largest error of ``got`` over its bound ``absolute + relative * |exact|``, as error and bound 1."""
+    error = (got.double() - exact.to(got.device)).abs()
+    worst = (error / (absolute + relative * exact.to(got.device).abs())).max()
+    return {"error": float(worst.nan_to_num(nan=torch.inf)), "bound": 1.0}
+
+
+def seconds(run: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
+    """Median of single runs after a warm-up: by CUDA events on a GPU."""
+    for _ in range(min(3, rounds)):
+        run()
+    taken = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            taken.append(start.elapsed_time(stop) / 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - began)
+    return float(np.median(taken))
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second of a device copy, read and written, of ``size`` bytes."""
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    return 2 * size / seconds(lambda: target.copy_(source), device)
