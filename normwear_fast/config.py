@@ -137,6 +137,11 @@ class NormWearConfig:
         """Tokens of a pretraining channel, [CLS] included: 560 in the released model."""
         return 1 + self.grid_rows * self.grid_columns
 
+    @property
+    def in_engine(self) -> bool:
+        """Whether `FastNormWear` runs this variant, and not the plain modules alone."""
+        return self.fusion != "mean" and self.tokens == "scalogram"
+
     def has_fusion(self, layer: int) -> bool:
         """Whether a fusion block follows encoder layer ``layer`` (counted from 0)."""
         return self.fusion != "none" and layer % self.fusion_every == 0

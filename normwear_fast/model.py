@@ -130,7 +130,7 @@ class FastNormWear(ReferenceNormWear):
 
             checkpoint = load_checkpoint(weight_path, config=config)
             config = checkpoint.config
-        if config is not None and (config.fusion == "mean" or config.tokens != "scalogram"):
+        if config is not None and not config.in_engine:
             raise UsageError(
                 f"{weight_path or 'config'}: fusion {config.fusion!r} on tokens of the "
                 f"{config.tokens}; the engine runs fusion 'cls' or 'none' on tokens of the scalogram "

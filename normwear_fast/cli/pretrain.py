@@ -79,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", default="auto", metavar="N", help="default: all GPUs, one CPU"
     )
     machine.add_argument(
-        "--strategy", default="auto", help="of Lightning Fabric: auto, ddp, fsdp (default auto)"
+        "--strategy",
+        choices=("auto", "ddp", "fsdp"),
+        default="auto",
+        help="how devices share the work (default auto: ddp where there are several)",
     )
     machine.add_argument("--compile", action="store_true", help="through torch.compile")
     watching = parser.add_argument_group("watching")
@@ -155,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
         # Not the command's fault: the run diverged, and what it has so far is kept.
         _say(f"error: {error}")
         return 1
+    if report is None:  # another process speaks for this one
+        return 0
     if args.json:
         loss = report.loss if math.isfinite(report.loss) else None
         values = {**asdict(report), "loss": loss, "output": args.output}

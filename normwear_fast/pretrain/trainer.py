@@ -275,7 +275,7 @@ def pretrain(
     probe: SampleSet | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> PretrainReport:
+) -> PretrainReport | None:
     """Pretrains a masked autoencoder, or goes on with what is in ``output``.
 
     Args:
@@ -290,6 +290,9 @@ def pretrain(
         overwrite: start anew where ``output`` holds another run.
         say: told what is being done, a line at a time.
 
+    Returns:
+        What the run came to; None in other processes than the first, where there are several.
+
     Raises:
         UsageError: settings the data, the output or this machine cannot serve.
         OutputError: the output cannot be written or goes on with other settings.
@@ -298,6 +301,11 @@ def pretrain(
     run = run or RunSettings()
     if len(shards) == 0:
         raise UsageError("no series to train on; normwear-fast prepare makes some")
+    if probe is not None and not config.in_engine:
+        raise UsageError(
+            f"a probe needs an encoder that encode can run; fusion {config.fusion!r} on tokens of the "
+            f"{config.tokens} is not one"
+        )
     try:
         from lightning_fabric import Fabric
     except ImportError:
@@ -316,7 +324,8 @@ def pretrain(
             f"devices {run.devices}, strategy {run.strategy}: {' '.join(str(error).split())}"
         ) from None
     task = _Task(shards, config, settings, Path(output), run, initial, probe, overwrite, say)
-    return cast(PretrainReport, fabric.launch(task))
+    report = cast(PretrainReport, fabric.launch(task))
+    return report if fabric.is_global_zero else None
 
 
 @dataclass
