@@ -364,9 +364,9 @@ def _task(
     """Task and column of labels, whose type says what they are unless ``kind`` does."""
     if kind == "regression":
         for value, place in zip(values, where, strict=True):
-            if isinstance(value, str):
+            if isinstance(value, str) and isinstance(_parse_label(value), str):
                 raise InputError(f"{place}: {name} is {value!r}; a number is right for regression")
-        values = [float(v) if isinstance(v, int) else v for v in values]
+        values = [float(v) if isinstance(v, int | str) else v for v in values]
     elif kind == "classification":
         values = [_class_name(value) for value in values]
     task, column = _own_task(name, values, where)

@@ -238,7 +238,7 @@ class FineTuner:
         weights = _sample_weights(data, split, settings.balanced).to(self.device)
         self._fit_head(head, embeddings, data, split, targets, weights)
         if settings.mode != "head":
-            self._fit_network(head, data, split, targets, weights)
+            self._fit_network(head, data, split, targets, weights, base)
             held_out = np.sort(np.concatenate([split.validation, split.test]))
             embeddings[held_out] = self._embed([data.windows[i] for i in held_out])
         predictor = Predictor(
@@ -299,6 +299,7 @@ class FineTuner:
         split: Split,
         targets: Tensor,
         weights: Tensor,
+        base: dict[str, Any],
     ) -> None:
         settings, model = self.settings, self.model
         if self.device.type == "cpu":
@@ -334,6 +335,7 @@ class FineTuner:
             if settings.mode == "lora":
                 merge_lora(model)
             model.requires_grad_(False)
+            model.weights = {"source": "fine-tuned", **{f"base_{k}": v for k, v in base.items()}}
 
     def _judge(
         self,
@@ -580,7 +582,7 @@ class Stage:
         warm_up = round(settings.warm_up * steps)
         began = time.monotonic()
         rows: list[dict[str, Any]] = []
-        every = 10 if self.name == "head" else 1  # its epochs take milliseconds
+        every = 10 if self.name == "head" else 1  # an epoch of the head takes less than its scores
         best, best_epoch, kept = math.inf, 0, [p.detach().clone() for p in self.parameters]
         for epoch in range(epochs + 1):
             losses: list[float] = []
@@ -598,8 +600,13 @@ class Stage:
                     f"({self.rates[-1]:g}), or check the signals' units"
                 )
             validation, prediction = self.evaluate(split.validation)
+            if validation < best:
+                best, best_epoch = validation, epoch
+                kept = [p.detach().clone() for p in self.parameters]
+            over = epoch == epochs or epoch - best_epoch >= settings.patience
+            said = over or epoch % every == 0
             judged = {}
-            if np.isfinite(prediction).all():
+            if said and np.isfinite(prediction).all():
                 judged = scores(data.task, data.labels[split.validation], prediction)
             rows.append(
                 {
@@ -613,11 +620,7 @@ class Stage:
                     **judged,
                 }
             )
-            if validation < best:
-                best, best_epoch = validation, epoch
-                kept = [p.detach().clone() for p in self.parameters]
-            over = epoch == epochs or epoch - best_epoch >= settings.patience
-            if over or epoch % every == 0:
+            if said:
                 progress(_line(rows[-1], epochs, data.task, best_epoch))
             if over:
                 break
