@@ -3,5 +3,14 @@
 from __future__ import annotations
 
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
+from normwear_fast.pretrain.data import SeriesShards
+from normwear_fast.pretrain.trainer import PretrainReport, PretrainSettings, RunSettings, pretrain
 
-__all__ = ["MaskedAutoencoder"]
+__all__ = [
+    "MaskedAutoencoder",
+    "PretrainReport",
+    "PretrainSettings",
+    "RunSettings",
+    "SeriesShards",
+    "pretrain",
+]
