@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="bytes below which glibc reuses freed buffers, for every row alike (default: glibc's)",
     )
-    group.addoption("--rounds", type=int, default=7, help="interleaved rounds a row")
+    group.addoption("--rounds", type=int, default=5, help="interleaved rounds a row")
     group.addoption("--save", default=None, help="write bench/results/<device>-<date>-NAME.json")
 
 

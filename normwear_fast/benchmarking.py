@@ -259,34 +259,38 @@ def compiled(reference: ReferenceNormWear, optimized_cwt: bool) -> Callable[[Ten
     return run
 
 
-def one_at_a_time(reference: ReferenceNormWear) -> Callable[[Tensor], Tensor]:
-    """What users run today: windows one by one, each channel's SciPy-style scalogram on the CPU by a
-    loop over series and scales, then the eager model."""
+def scipy_scalogram(window: np.ndarray, num_scales: int) -> np.ndarray:
+    """(C, L) to (C, 3, L - 2, num_scales) as upstream's default does it: a loop over channels, series
+    and scales, what ``scipy.signal.cwt`` with ``ricker`` did in each until 1.14, in float64."""
+    from scipy.signal import convolve
+
     from normwear_fast.wavelets import filter_widths, mother_wavelet, scales
 
-    device = reference.cls_token.device
+    samples = window.shape[1] - 2
+    widths = filter_widths(samples, "scipy", num_scales)
+    out = np.empty((len(window), 3, samples, num_scales))
+    for i, channel in enumerate(window):
+        first = np.diff(channel)
+        derivatives = (channel[2:], first[1:], np.diff(first))
+        for j, series in enumerate(x.astype(np.float64) for x in derivatives):
+            for k, (scale, width) in enumerate(zip(scales(num_scales), widths, strict=True)):
+                t = np.arange(width) - (width - 1) / 2
+                wavelet = mother_wavelet("mexh", t / scale) / np.sqrt(scale)
+                out[i, j, :, k] = convolve(series, wavelet[::-1], mode="same")
+    return out
 
-    def series_scalogram(series: np.ndarray) -> np.ndarray:
-        samples = len(series)
-        rows = np.empty((reference.config.num_scales, samples))
-        widths = filter_widths(samples, "scipy", reference.config.num_scales)
-        for i, (scale, width) in enumerate(zip(scales(len(widths)), widths, strict=True)):
-            t = np.arange(width) - (width - 1) / 2
-            wavelet = mother_wavelet("mexh", t / scale) / np.sqrt(scale)
-            rows[i] = np.convolve(series.astype(np.float64), wavelet[::-1], mode="same")
-        return rows.T
+
+def one_at_a_time(reference: ReferenceNormWear) -> Callable[[Tensor], Tensor]:
+    """What users run today: windows one by one, their scalograms by `scipy_scalogram` on the CPU, then
+    the eager model."""
+    device, count = reference.cls_token.device, reference.config.num_scales
 
     def run(x: Tensor) -> Tensor:
         parts = []
         for window in x.cpu().numpy():
-            spectrum = []
-            for channel in window:
-                first = np.diff(channel)
-                series = (channel[2:], first[1:], np.diff(first))
-                spectrum.append(np.stack([series_scalogram(s) for s in series]))
+            spectrum = torch.from_numpy(scipy_scalogram(window, count)[None])
             with torch.inference_mode():
-                tensor = torch.from_numpy(np.stack(spectrum)[None]).float().to(device)
-                parts.append(reference(tensor))
+                parts.append(reference(spectrum.float().to(device)))
         return torch.cat(parts)
 
     return run

@@ -331,13 +331,20 @@ struct Product<Operand::int8> {
 #endif
 };
 
+// What a product fetches into the second cache while it multiplies: `lines` cache lines a group of words.
+struct Ahead {
+    const char* at;
+    int64_t lines;
+};
+
 // out (M, LANES), rows `stride` 32-bit words apart = a tile of M packed rows times one panel, over
 // 4 * groups words.
 template <Operand OP, int M>
 __attribute__((noinline)) void multiply(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t groups,
-                                        void* __restrict out, int64_t stride) {
+                                        void* __restrict out, int64_t stride, Ahead ahead) {
     typename Product<OP>::sum acc[M][NV] = {};
     for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t line = 0; line < ahead.lines; ++line, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
 #pragma GCC unroll 4
         for (int w = 0; w < 4; ++w) {
             const vu b0 = load<vu>(b + w * LANES), b1 = load<vu>(b + w * LANES + WIDTH);
@@ -366,17 +373,17 @@ inline int tile_rows(int64_t left) {
 
 template <Operand OP>
 inline void multiply_tile(int m, const uint32_t* a, const uint32_t* b, int64_t groups, void* out,
-                          int64_t stride = LANES) {
+                          int64_t stride = LANES, Ahead ahead = {nullptr, 0}) {
     switch (m) {
-        case 1: return multiply<OP, 1>(a, b, groups, out, stride);
-        case 2: return multiply<OP, 2>(a, b, groups, out, stride);
-        case 4: return multiply<OP, 4>(a, b, groups, out, stride);
-        case 6: return multiply<OP, 6>(a, b, groups, out, stride);
+        case 1: return multiply<OP, 1>(a, b, groups, out, stride, ahead);
+        case 2: return multiply<OP, 2>(a, b, groups, out, stride, ahead);
+        case 4: return multiply<OP, 4>(a, b, groups, out, stride, ahead);
+        case 6: return multiply<OP, 6>(a, b, groups, out, stride, ahead);
 #if defined(__AVX512F__)
-        case 8: return multiply<OP, 8>(a, b, groups, out, stride);
-        case 10: return multiply<OP, 10>(a, b, groups, out, stride);
-        case 12: return multiply<OP, 12>(a, b, groups, out, stride);
-        case 14: return multiply<OP, 14>(a, b, groups, out, stride);
+        case 8: return multiply<OP, 8>(a, b, groups, out, stride, ahead);
+        case 10: return multiply<OP, 10>(a, b, groups, out, stride, ahead);
+        case 12: return multiply<OP, 12>(a, b, groups, out, stride, ahead);
+        case 14: return multiply<OP, 14>(a, b, groups, out, stride, ahead);
 #endif
     }
 }
@@ -485,6 +492,8 @@ inline void write_tile(const Sum* sums, const Block& block, const Packed& w, int
 template <Operand OP>
 void product(const Block& block, const Packed& w, int64_t first_word, int64_t chunk, int64_t panel_first,
              int64_t panel_stop, const Output& o) {
+    // Each tile fetches its share of the next panel: from the third cache its first tile would wait for it.
+    const int64_t groups = block.words / 4, lines = ceil_div(LANES / 4, ceil_div(block.rows, MR));
     typename Product<OP>::sum sums[MR * NV];
     for (int64_t panel = panel_first; panel < panel_stop; ++panel) {
         const uint32_t* b = w.data + (panel * w.words + first_word) * LANES;
@@ -492,7 +501,10 @@ void product(const Block& block, const Packed& w, int64_t first_word, int64_t ch
         for (int64_t first = 0; first < block.rows; first += MR) {
             const int64_t rows = least(MR, block.rows - first);
             prefetch_tile(o.c, o.row + first, rows, o.column + column);
-            multiply_tile<OP>(tile_rows(rows), block.tile(first), b, block.words / 4, sums);
+            const int64_t skipped = first / MR * groups * lines * 64;
+            const bool ends = panel + 1 == panel_stop || skipped >= groups * LANES * 16;
+            const char* next = reinterpret_cast<const char*>(b + w.words * LANES) + skipped;
+            multiply_tile<OP>(tile_rows(rows), block.tile(first), b, groups, sums, LANES, {next, ends ? 0 : lines});
             if (count == LANES) {
                 write_tile(sums, block, w, chunk, first, rows, column, o);
                 continue;
