@@ -67,7 +67,7 @@ def _place(tile, rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     return (group * GROUP_M + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def linear_gelu_kernel(
     x,  # (rows, K)
     weight,  # (N, K)
@@ -107,7 +107,7 @@ def linear_gelu_kernel(
     tl.store(target, gelu(product).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def linear_gelu_persistent_kernel(
     x,  # descriptor of (rows, K), blocks of (BLOCK_M, BLOCK_K)
     weight,  # descriptor of (N, K), blocks of (BLOCK_N, BLOCK_K)

@@ -115,7 +115,7 @@ def pool_mean_kernel(
     tl.store(target, pooled.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def pool_rows_kernel(
     residual,  # (tokens, E)
     update,  # (tokens, E) or None

@@ -172,7 +172,8 @@ def _scalogram(
     return y
 
 
-@triton.jit
+# Not specialised on what changes from one micro-batch to the next: each variant compiles for seconds.
+@triton.jit(do_not_specialize=("num_rows", "num_tiles"))
 def tokens_kernel(
     padded,  # (3, plane) float32
     rows,  # (3, num_rows) int32: first sample, output row and template row of column 0
