@@ -62,8 +62,8 @@ LONG_CHOICES: Table = {
 SHORT_CHOICES: Table = {
     80: (
         Choice({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_TAIL": 16}, num_warps=1, num_stages=1),
-        Choice({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_TAIL": 16}, num_warps=1, num_stages=1),
-        Choice({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_TAIL": 16}, num_warps=2, num_stages=1),
+        Choice({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_TAIL": 32}, num_warps=1, num_stages=1),
+        Choice({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_TAIL": 32}, num_warps=2, num_stages=1),
     ),
 }
 """At most 64 queries and keys: the [CLS] rows of a window."""
