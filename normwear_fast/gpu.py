@@ -237,13 +237,21 @@ class GpuEncoder:
         config: sizes.
         precision: of the products: ``float32``, ``bfloat16`` or ``fp8``.
         ops: the operators.
+        bucketed: whether micro-batches go into buckets of fixed tables, captured as graphs on a GPU;
+            operators that read lengths on the host, as the plain ones do, need False.
 
     Raises:
         UsageError: a precision that the device, or this encoder, does not have.
     """
 
     def __init__(
-        self, folded: FoldedEncoder, config: NormWearConfig, precision: str, ops: Backend
+        self,
+        folded: FoldedEncoder,
+        config: NormWearConfig,
+        precision: str,
+        ops: Backend,
+        *,
+        bucketed: bool = True,
     ) -> None:
         self.device = folded.carried.device
         _check_precision(precision, self.device)
@@ -273,15 +281,14 @@ class GpuEncoder:
         """What a [CLS] row of its own buffer stands without at the final norm."""
         self.mlp = self._mlp_choice()
         """How the MLP is arranged: a choice's blocks (:data:`MLP_CHOICES`)."""
-        self.bucketed = ops.name != "torch"
-        """Whether micro-batches go into buckets; the plain operators read lengths on the host instead."""
+        self.bucketed = bucketed
         self.captured = self.bucketed and self.device.type == "cuda"
         """Whether buckets are captured as graphs; their fixed tables are used all the same without."""
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._storage: dict[str, Tensor] = {}
 
     def _mlp_choice(self) -> Mapping[str, int]:
-        if self.ops.name == "torch" or self.precision != "bfloat16":
+        if self.ops.linear_gelu is None or self.precision != "bfloat16":
             return {"ROWS": 0, "FUSED": 0}
         from normwear_fast.kernels.tuning import Choice, pick
 
@@ -446,7 +453,7 @@ class GpuEncoder:
         for first in range(0, rows, tile):
             part = slice(first, min(first + tile, rows))
             activation = buffers.hidden[: part.stop - first]
-            if self.mlp["FUSED"] and ops.linear_gelu is not None:
+            if ops.linear_gelu is not None and self.mlp["FUSED"]:
                 ops.linear_gelu(normed[part], block.fc1, block.fc1_bias, out=activation)
             else:
                 torch.mm(normed[part], block.fc1.T, out=activation)

@@ -38,6 +38,7 @@ def backend() -> Backend:
         bias_gelu,
         channel_attention,
         cls_rows,
+        linear_gelu,
         pool_norm,
         residual_norm,
         tokenize,
@@ -52,10 +53,13 @@ def backend() -> Backend:
         pool_norm=pool_norm.pool_norm,
         gather_rows=cls_rows.gather_rows,
         scatter_rows=cls_rows.scatter_rows,
+        linear_gelu=linear_gelu.linear_gelu,
     )
 
     def encoder(folded: FoldedEncoder, config: NormWearConfig, precision: str) -> GpuEncoder:
-        return GpuEncoder(folded, config, precision, table)
+        # Other head sizes attend through the plain operator, which reads lengths on the host.
+        bucketed = config.head_dim in channel_attention.HEAD_SIZES
+        return GpuEncoder(folded, config, precision, table, bucketed=bucketed)
 
     return dataclasses.replace(
         table, encoder=encoder, precisions=("float32", "bfloat16", "fp8"), versions=_versions
