@@ -22,7 +22,7 @@ from normwear_fast import FastNormWear
 from normwear_fast.cli.main import main
 from normwear_fast.errors import InputError, OutputError, UsageError
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
-from normwear_fast.pretrain.checkpoint import CHECKPOINT_FILE
+from normwear_fast.pretrain.checkpoint import CHECKPOINT_FILE, locked
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE
 from normwear_fast.pretrain.trainer import (
     MAX_SKIPPED,
@@ -170,6 +170,12 @@ def test_finished_run_is_left_as_it_is(whole):
     before = (whole / "model.safetensors").stat().st_mtime_ns
     assert pretrain(Waves(), TINY, SETTINGS, whole, run=CPU).step == SETTINGS.steps
     assert (whole / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_folder_of_a_run_in_progress(tmp_path):
+    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing it"):
+        pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_checkpoint(whole, tmp_path):
@@ -341,3 +347,28 @@ def test_command_used_wrongly(extra, message, shards, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_by_the_command(shards, tmp_path):
+    """Both train the same weights, one speaks and writes; the run goes on with as many."""
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "normwear_fast.cli", "pretrain", shards, "--output", output]
+    command += ["--config", tmp_path / "tiny.json", "--steps", 4, "--batch-size", 1, "--device"]
+    command += ["cpu", "--devices", 2, "--strategy", "ddp", "--accumulate", 2, "--json"]
+
+    def start(*extra):
+        return subprocess.run(
+            [*map(str, command), *extra], capture_output=True, text=True, check=False, timeout=240
+        )
+
+    done = start("--picture-every", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 4
+    assert len(curve(output)) == 4
+    assert len(list((output / "pictures").iterdir())) == 2
+    assert start().returncode == 0
+    refused = start("--devices", "1", "--strategy", "auto")
+    assert refused.returncode == 2
+    assert "processes was 2, is 1" in refused.stderr

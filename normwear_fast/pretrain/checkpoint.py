@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ from normwear_fast.errors import OutputError
 
 CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = "normwear-fast pretrain 1"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for one run; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another run is writing it; wait for its end, or give another folder"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import InputError, OutputError, UsageError
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
-from normwear_fast.pretrain.checkpoint import load_checkpoint, save_checkpoint
+from normwear_fast.pretrain.checkpoint import load_checkpoint, locked, save_checkpoint
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
 from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches, mask_of
 from normwear_fast.pretrain.pixels import SeriesPatches
@@ -343,13 +343,17 @@ class _Task:
     say: Callable[[str], None]
 
     def __call__(self, fabric: Fabric) -> PretrainReport:
-        settings, run = self.settings, self.run
         if not fabric.is_global_zero:
             self.say = lambda line: None
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be made ({error.strerror})") from None
+        with locked(self.output) if fabric.is_global_zero else nullcontext():
+            return self._train(fabric)
+
+    def _train(self, fabric: Fabric) -> PretrainReport:
+        settings, run = self.settings, self.run
         windows = settings.batch_size * settings.accumulate * fabric.world_size
         identity = self._identity(fabric.world_size)
         state = None if self.overwrite else load_checkpoint(self.output)
