@@ -60,7 +60,7 @@ def gelu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def bias_gelu_kernel(
     x,  # (rows, HIDDEN), overwritten
     bias,  # (HIDDEN,) float32

@@ -34,7 +34,7 @@ FLOAT8_CHOICES: Table = {89: CHOICES[80]}
 """The same for a float8 result, which no GPU before capability 8.9 converts to."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def residual_norm_kernel(
     residual,  # (rows, E); the update is added to it
     update,  # (rows, E) or None
