@@ -7,6 +7,8 @@ the next norm adds in the same pass it standardises.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -68,6 +70,28 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
 
 
+@contextmanager
+def exact_products(precision: str) -> Iterator[None]:
+    """float32 without TF32, bfloat16 without 16-bit partial sums, whatever the process has set."""
+    flags: Any = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    values: dict[str, Any] = {name: False}
+    if precision == "float32":
+        try:
+            _ = flags.allow_tf32
+            values["allow_tf32"] = False
+        except RuntimeError:  # the process uses the newer name, and torch refuses to mix the two
+            values["fp32_precision"] = "ieee"
+    before = {name: getattr(flags, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(flags, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(flags, name, value)
+
+
 class Workspace:
     """Activation buffers, allocated once for the largest micro-batch seen and reused."""
 
@@ -115,7 +139,7 @@ class Engine:
         precision: str | None = None,
     ) -> None:
         self.dtype = folded.blocks[0].qkv.dtype
-        precision = precision or str(self.dtype).removeprefix("torch.")
+        self.precision = precision = precision or str(self.dtype).removeprefix("torch.")
         self.encoder = None
         if precision not in (*backend.precisions, "float64"):
             homes = {"int8": "backend 'native' on a CPU", "fp8": "backend 'triton' on a GPU"}
@@ -188,7 +212,8 @@ class Engine:
         """
         if self.device.type != "cuda":
             return self._run(series, layout, pool)
-        with torch.cuda.device(self.device):  # kernels are launched on the current device's stream
+        # Kernels are launched on the current device's stream.
+        with torch.cuda.device(self.device), exact_products(self.precision):
             return self._run(series, layout, pool)
 
     @torch.no_grad()

@@ -13,8 +13,7 @@ that is how it is tested where there is no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +43,9 @@ LONG_SEQUENCE, SHORTEST_SEQUENCE = 256, 14
 """A bucket of R rows has tables for R / 256 sequences, which 6 s windows (560 tokens) fit twice over, or,
 where a micro-batch has more, for R / 14: no sequence is shorter. An entry costs an empty program."""
 
+USUAL_CHANNELS = 16
+"""Sequences of a window that the fusion's attention is launched for."""
+
 
 def bucket_rows(tokens: int) -> int:
     """Rows of the bucket for that many tokens: a power of two, or 1.25, 1.5 or 1.75 times one."""
@@ -62,11 +64,12 @@ class FixedSegments:
     Args:
         capacity: segments there is room for.
         rows: rows there is room for.
+        longest: rows of a segment that launches should expect; any number is right, if not as fast.
         device: of the tables.
     """
 
-    def __init__(self, capacity: int, rows: int, device: torch.device) -> None:
-        self.capacity, self.total, self.device = capacity, rows, device
+    def __init__(self, capacity: int, rows: int, longest: int, device: torch.device) -> None:
+        self.capacity, self.total, self.longest, self.device = capacity, rows, longest, device
         self.cu = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
         self.index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
         """First row of each segment, -1 where there is none."""
@@ -75,11 +78,6 @@ class FixedSegments:
 
     def __len__(self) -> int:
         return self.capacity
-
-    @property
-    def longest(self) -> int:
-        """What a launch may expect: the mean of a full table decides the class, not one micro-batch."""
-        return self.total // self.capacity
 
     def fill(self, segments: Segments) -> None:
         """Takes a micro-batch's segments; the copies wait for what runs on the current stream."""
@@ -118,9 +116,9 @@ class FixedLayout:
     """Where everything stands in a bucket: what `packing.Layout` is to one micro-batch."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.sequences = FixedSegments(capacity, rows, device)
-        self.windows = FixedSegments(capacity, capacity, device)
-        self.ones = FixedSegments(capacity, capacity, device)
+        self.sequences = FixedSegments(capacity, rows, LONG_SEQUENCE, device)
+        self.windows = FixedSegments(capacity, capacity, USUAL_CHANNELS, device)
+        self.ones = FixedSegments(capacity, capacity, 1, device)
 
     @property
     def cls_index(self) -> Tensor:
@@ -133,28 +131,6 @@ class FixedLayout:
 
 
 AnyLayout = Layout | FixedLayout
-
-
-@contextmanager
-def exact_products(precision: str) -> Iterator[None]:
-    """float32 without TF32, bfloat16 without 16-bit partial sums, whatever the process has set."""
-    flags: Any = torch.backends.cuda.matmul
-    name = "allow_bf16_reduced_precision_reduction"
-    values: dict[str, Any] = {name: False}
-    if precision == "float32":
-        try:
-            _ = flags.allow_tf32
-            values["allow_tf32"] = False
-        except RuntimeError:  # the process uses the newer name, and torch refuses to mix the two
-            values["fp32_precision"] = "ieee"
-    before = {name: getattr(flags, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(flags, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(flags, name, value)
 
 
 def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,11 +322,10 @@ class GpuEncoder:
             New tensor, float32: (S, E), or (tokens, E) for ``patch``.
         """
         cls_only = pool == "cls"
-        with exact_products(self.precision):
-            if not self.bucketed:
-                self._layers(residual, layout, cls_only)
-            else:
-                self._run_bucket(residual, layout, cls_only)
+        if self.bucketed:
+            self._run_bucket(residual, layout, cls_only)
+        else:
+            self._layers(residual, layout, cls_only)
         folded, width = self.folded, self.config.embed_dim
         norm = (folded.norm_weight, folded.norm_bias, folded.final_eps)
         if cls_only:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast.backends import TORCH, select_backend
-from normwear_fast.engine import Engine
+from normwear_fast.engine import Engine, exact_products
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import fold
 from normwear_fast.gpu import (
@@ -23,7 +23,6 @@ from normwear_fast.gpu import (
     FixedSegments,
     GpuEncoder,
     bucket_rows,
-    exact_products,
     quantise_columns,
     scaled_product,
 )
@@ -51,7 +50,7 @@ def test_a_full_budget_is_a_bucket():
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([16, 64, 128]))
 def test_fixed_tables_say_what_segments_say(lengths, block):
-    fixed, segments = FixedSegments(16, 1_200, CPU), Segments(lengths, CPU)
+    fixed, segments = FixedSegments(16, 1_200, 90, CPU), Segments(lengths, CPU)
     fixed.fill(Segments([3, 1], CPU))
     before = fixed.tiles(block).data_ptr(), fixed.cu.data_ptr(), fixed.index.data_ptr()
     fixed.fill(segments)

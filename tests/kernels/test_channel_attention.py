@@ -99,7 +99,7 @@ def test_tables_of_fixed_size(dtype):
     """Entries that stand for nothing: tiles of segment -1, segments of no rows."""
     rng = np.random.default_rng()
     real = Segments([80, 5, 171], CPU)
-    tables = FixedSegments(5, 400, CPU)
+    tables = FixedSegments(5, 400, 90, CPU)
     tables.fill(real)
     qkv = draw(rng, 400, 64, 1, dtype)
     exact = operators.channel_attention(
