@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
@@ -45,6 +42,7 @@ from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
 from normwear_fast.encode.units import Unit, group_jobs, plan_units
 from normwear_fast.encode.windows import Tiling, WindowList
 from normwear_fast.errors import NormWearError, OutputError, UsageError
+from normwear_fast.interrupts import graceful_stop
 from normwear_fast.recordings import find_recordings
 from normwear_fast.recordings.base import FoundRecording
 
@@ -527,7 +525,7 @@ class _Run:
         jobs = plan_jobs(self.plan, self.done, self.settings, windows)
         try:
             with (
-                graceful_stop(progress) as stopped,
+                graceful_stop(progress.stopping) as stopped,
                 contextlib.closing(engine.encode(jobs, self.settings, stopped)) as encoded,
             ):
                 for unit, embeddings, seconds in encoded:
@@ -630,30 +628,3 @@ class _Run:
         # This part's own writing is counted with the next one's.
         self._buffered.seconds["write"] = time.perf_counter() - started
         self._flushed_at = started
-
-
-@contextlib.contextmanager
-def graceful_stop(progress: Progress) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) only asks to stop; a second one ends the process at once.
-
-    An end at once is safe: to the output it is a kill like any other.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event.is_set
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        event.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        progress.stopping()
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, ask)
-    try:
-        yield event.is_set
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)

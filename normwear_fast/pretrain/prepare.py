@@ -33,7 +33,6 @@ from normwear_fast.encode.pipeline import (
     Progress,
     Silent,
     find_inputs,
-    graceful_stop,
     plan_jobs,
 )
 from normwear_fast.encode.prepare import NOT_FINITE, OK, PreparedUnit, Row
@@ -42,6 +41,7 @@ from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, file_state, survey
 from normwear_fast.encode.units import plan_units
 from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.interrupts import graceful_stop
 from normwear_fast.pretrain.data import FLAT, SERIES, channel_faults
 from normwear_fast.recordings.base import FoundRecording
 
@@ -296,7 +296,7 @@ class _Run:
         jobs = plan_jobs(self.plan, self.done, self.settings, None)
         try:
             with (
-                graceful_stop(progress) as stopped,
+                graceful_stop(progress.stopping) as stopped,
                 contextlib.closing(readers.prepare(jobs, self.settings, stopped)) as prepared,
             ):
                 for unit in prepared:

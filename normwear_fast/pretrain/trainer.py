@@ -13,16 +13,13 @@ Source of the recipe: Luo et al. 2026 (arXiv 2412.09758), pretraining.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -33,6 +30,8 @@ from torch.nn import functional as F
 
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.interrupts import graceful_stop
+from normwear_fast.optimization import decays, rate_factor
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
 from normwear_fast.pretrain.checkpoint import load_checkpoint, locked, save_checkpoint
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
@@ -114,10 +113,7 @@ class PretrainSettings:
         """Of step ``step``, counted from 0, with ``windows`` windows a step."""
         peak = self.base_learning_rate * windows / PUBLISHED_BATCH
         warmup = self.steps // 10 if self.warmup is None else self.warmup
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * rate_factor(step, self.steps, warmup)
 
 
 @dataclass(frozen=True)
@@ -202,7 +198,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     free: list[Tensor] = []
     for value in model.parameters():
         if value.requires_grad:
-            (decayed if value.squeeze().ndim >= 2 else free).append(value)
+            (decayed if decays(value) else free).append(value)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -391,7 +387,7 @@ class _Task:
         losses: list[float] = []
         in_a_row, first_step, began = 0, step, time.perf_counter()
         try:
-            with _graceful_stop(self.say) as stopping:
+            with graceful_stop(self._stopping) as stopping:
                 while step < settings.steps:
                     rate = settings.learning_rate(step, windows)
                     for group in optimizer.param_groups:
@@ -561,6 +557,9 @@ class _Task:
             options=StateDictOptions(full_state_dict=True),
         )
 
+    def _stopping(self) -> None:
+        self.say("stopping after this step; once more to stop at once")
+
     def _tell(
         self,
         step: int,
@@ -649,27 +648,3 @@ def _check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> No
             f"{output}: holds another run ({'; '.join(differ)}); give its settings, "
             "another folder, or --overwrite"
         )
-
-
-@contextmanager
-def _graceful_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks to stop after this step; a second one ends at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event.is_set
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        event.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        say("stopping after this step; once more to stop at once")
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, ask)
-    try:
-        yield event.is_set
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
