@@ -10,6 +10,7 @@ from torch import Tensor
 from bench.kernels import SEQUENCES, TOKENS, WIDTH, Check, Compiled
 from bench.kernels.measure import default_device, excess, seconds, twice
 from normwear_fast.kernels import linear_gelu as module
+from normwear_fast.kernels import tuning
 from normwear_fast.kernels.bias_gelu import bias_gelu
 from normwear_fast.kernels.tuning import Choice, capability, choices
 
@@ -117,13 +118,28 @@ def _check(
     return check
 
 
-def timings(device: torch.device | None = None, rows: int = ROWS) -> list[dict[str, Any]]:
-    """Every choice, the vendor's product alone, and that with the activation after it."""
-    device = device or default_device()
+def _operands(device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = torch.randn(rows, WIDTH, device=device).bfloat16()
     weight = (torch.randn(HIDDEN, WIDTH, device=device) / WIDTH**0.5).bfloat16()
     bias = torch.randn(HIDDEN, device=device)
-    out = torch.empty(rows, HIDDEN, device=device, dtype=torch.bfloat16)
+    return x, weight, bias, torch.empty(rows, HIDDEN, device=device, dtype=torch.bfloat16)
+
+
+def tune(device: torch.device | None = None, rows: int = ROWS) -> dict[str, float]:
+    """Keeps the fastest choice at the judged shape; seconds of each."""
+    device = device or default_device()
+    operands = _operands(device, rows)
+
+    def timed(choice: Choice) -> float:
+        return seconds(lambda: module.launch(choice, *operands), device)
+
+    return tuning.tune("linear_gelu", str(torch.bfloat16), module.CHOICES, device, timed)
+
+
+def timings(device: torch.device | None = None, rows: int = ROWS) -> list[dict[str, Any]]:
+    """Every choice, the vendor's product alone, and that with the activation after it."""
+    device = device or default_device()
+    x, weight, bias, out = _operands(device, rows)
 
     def product() -> None:
         torch.mm(x, weight.T, out=out)

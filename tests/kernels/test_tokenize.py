@@ -190,6 +190,26 @@ def test_what_does_not_fit_is_an_error():
         tokenize(torch.empty(1, 16), series[:5], *short, tokenizer)
 
 
+@pytest.mark.parametrize(("name", "value"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_float32_is_rounded_as_torch_rounds_it(name, value):
+    """By either name of torch's flag."""
+    one = batch(np.random.default_rng(), [20], "conv", 16)
+    rows = {key: torch.empty(one[3].total, 16) for key in ("default", "flag", "tf32", "ieee")}
+    for key in ("tf32", "ieee"):
+        tokenize(rows[key], *one[1:], one[0], input_precision=key)
+    tokenize(rows["default"], *one[1:], one[0])
+    flags = torch.backends.cuda.matmul
+    before = getattr(flags, name)
+    setattr(flags, name, value)
+    try:
+        tokenize(rows["flag"], *one[1:], one[0])
+    finally:
+        setattr(flags, name, before)
+    assert torch.equal(rows["default"], rows["ieee"])
+    assert torch.equal(rows["flag"], rows["tf32"])
+    assert not torch.equal(rows["tf32"], rows["ieee"])
+
+
 def test_float64_runs_plain():
     one = batch(np.random.default_rng(), [20, 30], "conv", 16)
     wide = dataclasses.replace(
