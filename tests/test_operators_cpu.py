@@ -480,7 +480,6 @@ def test_auto_is_the_faster_precision(monkeypatch):
         has_bfloat16 = name == "avx512bf16"
         assert native.kernels(name).native_bfloat16 == has_bfloat16
         assert engine.cpu_has_bfloat16.__wrapped__() == has_bfloat16
-    assert native.bfloat16_gain("portable") < 1
 
 
 def test_choice_of_backend(monkeypatch):
