@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,39 @@ def test_the_differentiable_features_are_those_of_encode(
         torch.testing.assert_close(torch.from_numpy(fast), slow, rtol=0, atol=2e-5)
 
 
+def test_autocast_spares_the_series_and_its_differences() -> None:
+    """Differences of a wave of 1e-2 on an offset of 1, which in bfloat16 has steps of 8e-3."""
+    t = torch.arange(260) / 65
+    x = (1 + 1e-2 * torch.sin(2 * torch.pi * 5 * t)).view(1, 1, -1)
+    model, head = encoder(), Head(CONFIG.embed_dim, CLASSES)
+    exact = FineTuneNetwork(model, head, "mean", "concat")
+    cast = FineTuneNetwork(model, head, "mean", "concat", precision="bfloat16")
+    with torch.no_grad():
+        model.patch_embed.proj.weight[:, 0] = (
+            0  # the series itself: its offset would drown the rest
+        )
+        model.patch_embed.proj.weight.mul_(1000)
+        wanted = exact.features(x)
+        assert 0 < (cast.features(x) - wanted).abs().max() < 0.02
+        assert (exact.features(x.bfloat16().float()) - wanted).abs().max() > 0.05
+    prepared = training_module._fabric(CPU).setup(cast)
+    with torch.no_grad():  # nor does Fabric round what it passes on
+        torch.testing.assert_close(prepared(x), cast(x), rtol=0, atol=0)
+
+
+def test_a_head_sees_training_windows_at_mean_zero_and_deviation_one() -> None:
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    features[:, 3] = 7.0  # does not vary
+    head = Head(4, CLASSES)
+    head.standardise(features)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(4)[[0, 3]])
+        seen = head(features)
+    assert seen[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
+    assert seen[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert (seen[:, 1] == 0).all()
+
+
 def test_every_layer_has_its_rate_and_only_matrices_decay() -> None:
     model = encoder()
     require_gradients(model, "full", lora_rank=1, seed=0)
@@ -166,7 +200,7 @@ def stage(
         {"params": list(head.linear.parameters()), "lr": 1e-2, "weight_decay": 0.05}
     ]
     targets = other.pop("targets", torch.from_numpy(data.labels))
-    fabric = training_module._fabric(CPU, "float32")
+    fabric = training_module._fabric(CPU)
     examples = Examples(inputs, [1] * len(inputs), other.pop("budget", 1000), CPU)
     return Stage("head", fabric, module, head, groups, examples, targets, torch.ones(len(data)))
 
@@ -205,7 +239,11 @@ def test_a_step_in_parts_is_the_step_at_once() -> None:
         network = FineTuneNetwork(model, head, "cls", "concat")
         groups = parameter_groups(network, 1e-3, 0.05, 0.75)
         one = stage(data, network, head, data.windows, groups=groups, budget=budget)
+        with torch.no_grad():
+            outputs = torch.cat([network(torch.from_numpy(w)[None]) for w in data.windows])
+            wanted = torch.nn.functional.cross_entropy(outputs, one.targets)
         loss = one.step(np.arange(len(data)))
+        assert loss == pytest.approx(wanted.item(), rel=1e-5)
         gradients = [p.grad for p in one.parameters]
         found.append((loss, [g.clone() for g in gradients if g is not None]))
         assert len(found[-1][1]) == len(one.parameters)
@@ -229,6 +267,31 @@ def test_training_ends_when_validation_stops_falling_and_keeps_its_best() -> Non
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert torch.equal(head.linear.weight, start)
+
+
+def test_ctrl_c_ends_training_with_the_best_so_far(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[int] = []
+    step = Stage.step
+
+    def interrupted(self: Stage, index: NDArray[np.intp]) -> float:
+        taken.append(len(index))
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, index)
+
+    monkeypatch.setattr(Stage, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    tuner = FineTuner(encoder(), FineTuneSettings(batch_size=6, validation=0.25))
+    found = tuner.fit(labelled())
+    assert len(taken) == 5  # 3 in the first epoch, 2 of the second
+    assert tuner.interrupted
+    assert found.description["training"]["interrupted"]
+    assert found.history[-1]["epoch"] == found.description["training"]["epochs_run"] == 2
+    assert found.description["metrics"]["validation"]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "best so far" in capfd.readouterr().err
 
 
 def test_what_is_not_finite_changes_no_weight_and_is_counted() -> None:

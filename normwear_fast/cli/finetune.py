@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = (
     "Fine-tune on labelled windows: a head on embeddings made once (the default), the whole encoder, or "
     "LoRA. Writes a folder that encode and predict load. Exit code 0: done; 1: some recordings failed "
-    "(listed) and the rest was trained on; 2: refused; 130: stopped, nothing written."
+    "(listed) and the rest was trained on; 2: refused; 130: Ctrl-C, and what was best so far is written."
 )
 EXAMPLE = """\
 normwear-fast finetune cohort/ --labels labels.csv --weights normwear.safetensors --output stress/
@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"output": str(output), **predictor.description}, indent=1))
     else:
         print(*_lines(predictor, output), sep="\n")
+    if tuner.interrupted:
+        return 130
     return 1 if data.failed else 0
 
 
@@ -254,6 +256,8 @@ def _lines(predictor: Predictor, output: Path) -> list[str]:
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
         lines.append(f"{part}: {values}")
     training = about["training"]
+    if training["interrupted"]:
+        lines.append(f"stopped in epoch {training['epochs_run']}; this is the best so far")
     if training["skipped_steps"]:
         lines.append(f"{training['skipped_steps']} steps were skipped: not finite")
     lines.append(f"{predictor.task.name} ({training['mode']}) -> {output}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normwear_fast.errors import UsageError
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.model import FastNormWear
+from normwear_fast.optimization import decays
 from normwear_fast.packing import scalogram_method
 from normwear_fast.scalograms import scalogram
 
@@ -88,34 +89,47 @@ class Head(nn.Module):
 
 
 class FineTuneNetwork(nn.Module):
-    """Encoder and head in one differentiable forward: (B, C, L) at 65 Hz -> (B, outputs)."""
+    """Encoder and head in one differentiable forward: (B, C, L) at 65 Hz -> (B, outputs).
+
+    Args:
+        encoder: gives the tokens.
+        head: on the pooled tokens.
+        pool, channel_pool: as of `FastNormWear.encode`.
+        precision: ``bfloat16`` is autocast around the encoder alone: rounded, a series has no second
+            difference left, and the head is small.
+    """
 
     def __init__(
-        self, encoder: FastNormWear, head: Head, pool: TokenPool, channel_pool: HeadChannels
+        self,
+        encoder: FastNormWear,
+        head: Head,
+        pool: TokenPool,
+        channel_pool: HeadChannels,
+        *,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
         self.pool, self.channel_pool = pool, channel_pool
+        self.autocast = precision == "bfloat16"
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, L) -> (B, F): what ``encode`` gives, differentiable."""
         config = self.encoder.config
-        # Autocast would round the series before it is differenced, and the second difference with it.
-        with torch.autocast(x.device.type, enabled=False):
-            spectrum = scalogram(
-                x.float(),
-                scalogram_method(self.encoder.optimized_cwt),
-                wavelet=config.wavelet,
-                num_scales=config.num_scales,
-            ).float()
-        tokens, _ = self.encoder.encode_scalogram(spectrum)
+        spectrum = scalogram(
+            x,
+            scalogram_method(self.encoder.optimized_cwt),
+            wavelet=config.wavelet,
+            num_scales=config.num_scales,
+        ).float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            tokens, _ = self.encoder.encode_scalogram(spectrum)
+        tokens = tokens.float()
         pooled = tokens[:, :, 0] if self.pool == "cls" else tokens.mean(dim=2)
         return pooled.flatten(1) if self.channel_pool == "concat" else pooled.mean(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.features(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(features.float())
+        return self.head(self.features(x))
 
 
 # --- what is trained -------------------------------------------------------------------------------
@@ -153,14 +167,14 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, depth)
-        decays = parameter.squeeze().ndim >= 2
+        decayed = decays(parameter)
         group = groups.setdefault(
-            (layer, decays),
+            (layer, decayed),
             {
                 "params": [],
                 "names": [],
                 "lr": learning_rate * layer_decay ** (depth + 1 - layer),
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay if decayed else 0.0,
             },
         )
         group["params"].append(parameter)

@@ -8,8 +8,8 @@ Every mode starts with the head alone, on embeddings that the fast encoder makes
 from __future__ import annotations
 
 import copy
-import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +41,9 @@ from normwear_fast.finetune.network import (
     require_gradients,
 )
 from normwear_fast.finetune.predictor import Predictor
+from normwear_fast.interrupts import graceful_stop
 from normwear_fast.model import FastNormWear
+from normwear_fast.optimization import rate_factor
 from normwear_fast.packing import window_tokens
 
 if TYPE_CHECKING:
@@ -198,15 +200,14 @@ class FineTuner:
         self.precision = resolve_precision(precision, self.device)
         if precision == "auto" and self.device.type == "cpu":
             self.precision = "float32"
-        _fabric(
-            self.device, "float32"
-        )  # an extra that is missing is said before weights are loaded
+        _fabric(self.device)  # an extra that is missing is said before weights are loaded
         if isinstance(weights, FastNormWear):
             self.model = copy.deepcopy(weights)
         else:
             self.model = FastNormWear.from_pretrained(weights)
         self.model.precision = precision
         self.history: list[dict[str, Any]] = []
+        self.interrupted = False
 
     def fit(self, data: LabelledWindows) -> Predictor:
         """Trains and judges.
@@ -218,11 +219,14 @@ class FineTuner:
             The best model on the validation part, judged on that part and on the test part if there
             is one, both with the encoder that will predict. `Predictor.save_pretrained` writes it.
 
+        Ctrl-C ends training after the step under way, with the best so far; ``interrupted`` says so.
+
         Raises:
             InputError: a split that cannot be, or data without a window the model has a value for.
             NormWearError: training that gives no finite number.
         """
         self.history = []
+        self.interrupted = False
         settings, model = self.settings, self.model.to(self.device)
         base = dict(model.weights)
         self.progress(f"encoding {len(data):,} windows once")
@@ -236,9 +240,12 @@ class FineTuner:
         if data.task.kind == "reg":
             targets = ((targets - head.target_mean) / head.target_std).float()
         weights = _sample_weights(data, split, settings.balanced).to(self.device)
-        self._fit_head(head, embeddings, data, split, targets, weights)
+        with graceful_stop(_say_stopping) as stopped:
+            self._fit_head(head, embeddings, data, split, targets, weights, stopped)
+            if settings.mode != "head":
+                self._fit_network(head, data, split, targets, weights, base, stopped)
+            self.interrupted = stopped()
         if settings.mode != "head":
-            self._fit_network(head, data, split, targets, weights, base)
             held_out = np.sort(np.concatenate([split.validation, split.test]))
             embeddings[held_out] = self._embed([data.windows[i] for i in held_out])
         predictor = Predictor(
@@ -271,6 +278,7 @@ class FineTuner:
         split: Split,
         targets: Tensor,
         weights: Tensor,
+        stopped: Callable[[], bool],
     ) -> None:
         whole = self.settings.mode == "head"
         rate = (self.settings.learning_rate if whole else None) or LEARNING_RATE["head"]
@@ -281,7 +289,7 @@ class FineTuner:
         ]
         stage = Stage(
             "head",
-            _fabric(self.device, "float32"),
+            _fabric(self.device),
             head,
             head,
             groups,
@@ -290,7 +298,7 @@ class FineTuner:
             weights,
         )
         epochs = (self.settings.epochs if whole else None) or EPOCHS["head"]
-        self.history += stage.fit(data, split, epochs, self.settings, self.progress)
+        self.history += stage.fit(data, split, epochs, self.settings, self.progress, stopped)
 
     def _fit_network(
         self,
@@ -300,13 +308,16 @@ class FineTuner:
         targets: Tensor,
         weights: Tensor,
         base: dict[str, Any],
+        stopped: Callable[[], bool],
     ) -> None:
         settings, model = self.settings, self.model
         if self.device.type == "cpu":
             set_allocator_thresholds(2**30)
         require_gradients(model, settings.mode, lora_rank=settings.lora_rank, seed=settings.seed)
         model.to(self.device)  # the adapters
-        network = FineTuneNetwork(model, head, settings.pool, settings.channel_pool)
+        network = FineTuneNetwork(
+            model, head, settings.pool, settings.channel_pool, precision=self.precision
+        )
         groups = parameter_groups(
             network,
             settings.learning_rate or LEARNING_RATE[settings.mode],
@@ -320,7 +331,7 @@ class FineTuner:
         budget = settings.batch_tokens or TRAINING_TOKENS.get(self.device.type, 4096)
         stage = Stage(
             settings.mode,
-            _fabric(self.device, self.precision),
+            _fabric(self.device),
             network,
             head,
             groups,
@@ -330,7 +341,7 @@ class FineTuner:
         )
         epochs = settings.epochs or EPOCHS[settings.mode]
         try:
-            self.history += stage.fit(data, split, epochs, settings, self.progress)
+            self.history += stage.fit(data, split, epochs, settings, self.progress, stopped)
         finally:
             if settings.mode == "lora":
                 merge_lora(model)
@@ -376,6 +387,7 @@ class FineTuner:
                 "embedding_precision": self.model.resolved_precision,
                 "epochs_run": last[-1]["epoch"],
                 "best_epoch": best["epoch"],
+                "interrupted": self.interrupted,
                 "skipped_steps": sum(row["skipped_steps"] for row in self.history),
                 "precision": self.precision,
                 "device": self.device.type,
@@ -401,20 +413,16 @@ def choose_device(name: str) -> torch.device:
     raise UsageError(f"--device {name}: not on this machine; auto, cpu or cuda[:i]")
 
 
-def _fabric(device: torch.device, precision: str) -> Fabric:
+def _fabric(device: torch.device) -> Fabric:
     try:
         from lightning_fabric import Fabric
     except ImportError:
         raise UsageError(
             "fine-tuning needs lightning-fabric; install it with: pip install 'normwear-fast[train]'"
         ) from None
-    # It would say on stderr which precision it was given.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    return Fabric(
-        accelerator=device.type,
-        devices=[device.index] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
-    )
+    # The network does its own autocast: Fabric's rounds the series that a module is given.
+    devices = [device.index] if device.type == "cuda" else 1
+    return Fabric(accelerator=device.type, devices=devices, precision="32-true")
 
 
 def _finite(
@@ -489,13 +497,6 @@ class Examples:
         return np.array(members), stacked.to(self.device)
 
 
-def rate_factor(step: int, steps: int, warm_up: int) -> float:
-    """Linear from 0 over the warm-up, then half a cosine to 0 (Luo et al. 2026, pretraining)."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
 class Stage:
     """Minimises the weighted mean loss of a module's training examples; keeps the best by validation.
 
@@ -542,7 +543,7 @@ class Stage:
         total = 0.0
         for members, inputs in self.examples.parts(index):
             where = torch.from_numpy(members).to(inputs.device)
-            loss = self.losses(self.module(inputs).float(), where).sum() * share
+            loss = self.losses(self.module(inputs), where).sum() * share
             self.fabric.backward(loss)
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
@@ -560,7 +561,7 @@ class Stage:
         total = 0.0
         for members, inputs in self.examples.parts(index):
             where = torch.from_numpy(members).to(inputs.device)
-            out = self.module(inputs).float()
+            out = self.module(inputs)
             total += float(self.losses(out, where).sum())
             found[[place[int(i)] for i in members]] = self.head.finish(out).cpu().numpy()
         return total / float(self.weights[torch.from_numpy(index)].sum()), found
@@ -572,10 +573,12 @@ class Stage:
         epochs: int,
         settings: FineTuneSettings,
         progress: Callable[[str], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """Trains until the validation loss has not fallen for ``patience`` epochs; a row an epoch.
 
-        Row 0 is the start. The module ends with the parameters of the lowest validation loss.
+        Row 0 is the start. The module ends with the parameters of the lowest validation loss. Once
+        ``stopped`` no step is taken any more; the epoch that was under way is judged as it is.
         """
         per_epoch = -(-len(split.train) // settings.batch_size)
         steps = epochs * per_epoch
@@ -588,6 +591,8 @@ class Stage:
             losses: list[float] = []
             order = np.random.default_rng((settings.seed, epoch)).permutation(split.train)
             for batch in range(per_epoch if epoch else 0):
+                if stopped():
+                    break
                 factor = rate_factor((epoch - 1) * per_epoch + batch, steps, warm_up)
                 for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                     group["lr"] = rate * factor
@@ -603,7 +608,7 @@ class Stage:
             if validation < best:
                 best, best_epoch = validation, epoch
                 kept = [p.detach().clone() for p in self.parameters]
-            over = epoch == epochs or epoch - best_epoch >= settings.patience
+            over = epoch == epochs or epoch - best_epoch >= settings.patience or stopped()
             said = over or epoch % every == 0
             judged = {}
             if said and np.isfinite(prediction).all():
@@ -628,6 +633,13 @@ class Stage:
             for parameter, value in zip(self.parameters, kept, strict=True):
                 parameter.copy_(value)
         return rows
+
+
+def _say_stopping() -> None:
+    # In a signal handler: print could find stderr's buffer in the middle of a write.
+    os.write(
+        2, b"\nending training after this step, with the best so far; Ctrl-C again ends at once\n"
+    )
 
 
 def _line(row: dict[str, Any], epochs: int, task: Task, best: int) -> str:
