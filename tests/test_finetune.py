@@ -567,6 +567,10 @@ def test_predict_refuses_what_does_not_fit(
     assert "no recording has a channel ECG, PPG" in capsys.readouterr().err
     assert main([*arguments, "--output", output, "--window", "4"]) == 2
     assert "trained on windows of 2 s" in capsys.readouterr().err
+    names, rows = ["recording", "start_s", "duration_s"], [["other", 0, 3]]
+    listed = str(write_table(tmp_path / "list.csv", names, rows))
+    assert main([*arguments, "--output", output, "--windows", listed]) == 2
+    assert "window 0 of other lasts 3 s" in capsys.readouterr().err
     assert main([*arguments, "--output", str(tmp_path / "out.csv")]) == 2
     assert "end it in .parquet" in capsys.readouterr().err
     arguments.insert(1, str(cohort / "recordings" / "r0.npz"))
