@@ -50,7 +50,10 @@ def contaminate(x: Signal, sampling_rate: float, snr: float, rng: np.random.Gene
     return x + noise * (x.std() * 10 ** (-snr / 20) / np.std(noise))
 
 
-def _ecg(rng: np.random.Generator, rate: int, heart_rate: float, seconds: int = SECONDS) -> Signal:
+def simulated_ecg(
+    rng: np.random.Generator, rate: int, heart_rate: float, seconds: int, *, deviation: float
+) -> Signal:
+    """One lead; ``deviation`` of the heart rate in beats a minute."""
     import neurokit2
 
     return np.asarray(
@@ -59,13 +62,23 @@ def _ecg(rng: np.random.Generator, rate: int, heart_rate: float, seconds: int = 
             sampling_rate=rate,
             noise=0,
             heart_rate=heart_rate,
-            heart_rate_std=float(rng.choice([1, 3, 8, 15])),
+            heart_rate_std=deviation,
             random_state=int(rng.integers(2**31)),
         )
     )
 
 
-def _ppg(rng: np.random.Generator, rate: int, heart_rate: float, seconds: int = SECONDS) -> Signal:
+def simulated_ppg(
+    rng: np.random.Generator,
+    rate: int,
+    heart_rate: float,
+    seconds: int,
+    *,
+    modulation: float,
+    randomness: float,
+) -> Signal:
+    """``modulation`` of the heart rate by breathing, and ``randomness`` of the intervals between
+    beats, as parts of them."""
     import neurokit2
 
     return np.asarray(
@@ -73,13 +86,25 @@ def _ppg(rng: np.random.Generator, rate: int, heart_rate: float, seconds: int = 
             duration=seconds,
             sampling_rate=rate,
             heart_rate=heart_rate,
-            frequency_modulation=float(rng.uniform(0.05, 0.4)),
-            ibi_randomness=float(rng.choice([0.02, 0.1, 0.3])),
+            frequency_modulation=modulation,
+            ibi_randomness=randomness,
             drift=float(rng.uniform(0, 0.5)),
             motion_amplitude=float(rng.choice([0, 0.1, 0.4])),
             powerline_amplitude=0,
             random_state=int(rng.integers(2**31)),
         )
+    )
+
+
+def _ecg(rng: np.random.Generator, rate: int, heart_rate: float) -> Signal:
+    deviation = float(rng.choice([1, 3, 8, 15]))
+    return simulated_ecg(rng, rate, heart_rate, SECONDS, deviation=deviation)
+
+
+def _ppg(rng: np.random.Generator, rate: int, heart_rate: float) -> Signal:
+    modulation, randomness = float(rng.uniform(0.05, 0.4)), float(rng.choice([0.02, 0.1, 0.3]))
+    return simulated_ppg(
+        rng, rate, heart_rate, SECONDS, modulation=modulation, randomness=randomness
     )
 
 
