@@ -7,17 +7,18 @@ The numbers at 234 sequences of 560 tokens and 12 heads of 64, on an H100:
 - 881 M powers of two: 0.24 ms at 16 a clock and multiprocessor, 1.755 GHz. At this head size softmax
   costs as much as the products, and only overlap hides it: two programs of two warpgroups stay on a
   multiprocessor, one multiplying while another exponentiates. The power of two stays with its unit:
-  a polynomial would take eight issue slots for one, and issue is as scarce: the main loop is 272
+  a polynomial would take eight issue slots for one, and issue is as scarce: the main loop is 273
   instructions a warp for a block of 128 x 64, 544 clocks, beside 544 of powers and 512 of products.
-- Tiles of 128 waste 12 % of the queries at 560 and blocks of 64 keys 3 %: all together 0.30 ms at
-  best. Tiles of 64 would waste 3 %, but read keys and values from L2 nine times instead of five, 3.6 GB
-  instead of 2.0, where 5.5 TB/s is what it gives.
+- Tiles of 128 queries waste an eighth at 560, blocks of 64 keys 3 %: 0.30 ms if all of the above
+  overlaps. Five tiles read keys and values from L2, 2.0 GB, 0.37 ms at the 5.5 TB/s that others have
+  measured; nine tiles of 64 would waste 3 % and read 3.6 GB. Which is faster only a GPU can say.
 - Memory sees 604 MB of qkv and 201 MB of result once, 0.24 ms at 3.35 TB/s, if a sequence's heads
   and tiles run side by side: heads go fastest, so that the 264 programs at work share 4 sequences of
   2.6 MB in L2.
 
 The queries' head_size^-0.5 log2(e) makes the scores exponents of two: no scaling in the loop. Full
-blocks of keys run without a mask; what is left of them follows in a loop of its own.
+blocks of keys run without a mask; what is left of them follows in a loop of its own. For sm_100 Triton
+3.6 does not load a block while it works on another; there the second program is all that overlaps.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ FLOAT32_CHOICES: Table = {
         Choice({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_TAIL": 32}, num_warps=4, num_stages=2),
     ),
 }
-"""Products in full float32, without tensor cores, where a thread can have four sums and no more before
-it spills: as many loads from shared memory as products, about 16 TFLOP/s on an H100."""
+"""Products in full float32, without tensor cores: four sums a thread, for more of them spill, which is
+five products to a load of 16 bytes from shared memory."""
 
 
 def _case(dtype: torch.dtype, queries: int, keys: int) -> tuple[str, Table]:
