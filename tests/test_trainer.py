@@ -368,7 +368,9 @@ def test_two_processes_by_the_command(shards, tmp_path):
     assert json.loads(done.stdout)["step"] == 4
     assert len(curve(output)) == 4
     assert len(list((output / "pictures").iterdir())) == 2
-    assert start().returncode == 0
+    again = start()
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["loss"] == json.loads(done.stdout)["loss"]
     refused = start("--devices", "1", "--strategy", "auto")
     assert refused.returncode == 2
     assert "processes was 2, is 1" in refused.stderr

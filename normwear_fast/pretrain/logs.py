@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,11 @@ class Log:
         path = plots.save(figure, self.folder / PICTURES / f"{name}-{step:06d}.png")
         self._board.add_figure(name, figure, step)
         return path
+
+    def last_losses(self, count: int) -> list[float]:
+        """Of the last ``count`` steps with a finite loss."""
+        losses = [float(row["loss"]) for row in read_rows(self.folder / STEPS_FILE)]
+        return [loss for loss in losses if math.isfinite(loss)][-count:]
 
     def close(self) -> None:
         self._board.close()

@@ -49,6 +49,9 @@ PUBLISHED_BATCH = 256
 MAX_SKIPPED = 50
 """Steps in a row without a finite loss after which a run ends: it would never recover."""
 
+AVERAGED = 20
+"""Steps whose losses are averaged for what is said of a run; `steps.csv` has each."""
+
 PICTURED = 2
 """Windows whose reconstruction is drawn."""
 
@@ -143,7 +146,7 @@ class PretrainReport:
     Args:
         step: steps done.
         steps: steps asked for.
-        loss: mean of the last steps' losses, at most 20.
+        loss: mean of the last :data:`AVERAGED` steps with a finite one.
         skipped: steps without a finite loss and gradient, which changed nothing.
         windows_per_second: over this call's steps, pictures and probes included.
     """
@@ -384,7 +387,7 @@ class _Task:
             self.say(f"going on after step {step} of {settings.steps}")
         log = Log(self.output, step) if fabric.is_global_zero else None
         batches = _Batches(self.shards, self.config, settings)
-        losses: list[float] = []
+        losses = log.last_losses(AVERAGED) if log is not None else []
         in_a_row, first_step, began = 0, step, time.perf_counter()
         try:
             with graceful_stop(self._stopping) as stopping:
@@ -401,7 +404,7 @@ class _Task:
                     skipped += not finite
                     in_a_row = 0 if finite else in_a_row + 1
                     if finite:
-                        losses = [*losses[-19:], loss]
+                        losses = [*losses[1 - AVERAGED :], loss]
                     if log is not None:
                         row = {
                             "step": step,
@@ -433,6 +436,7 @@ class _Task:
             batches.close()
             if log is not None:
                 log.close()
+        fabric.barrier()  # a process that ended would break off what others still wait for
         seconds = time.perf_counter() - began
         return PretrainReport(
             step=step,
