@@ -64,14 +64,15 @@ CEILINGS = {
 """What the modelled time divides by, and where it is from. `bench.gpu_check` measures its own."""
 
 LAUNCHES = {
-    "tokenize": 1,
-    "residual_norm": 24,
-    "channel_attention": 12,
-    "bias_gelu": 12,
-    "linear_gelu": 12,
-    "pool_norm": 1,
+    "tokenize series tf32": 1,
+    "tokenize tf32": 1,
+    "residual_norm bfloat16 to bfloat16": 24,
+    "channel_attention bfloat16": 12,
+    "channel_attention bfloat16 of [CLS] rows": 6,
+    "bias_gelu bfloat16": 12,
+    "pool_norm mean": 1,
 }
-"""Launches at the judged shape in one encoding of 12 layers."""
+"""Launches of the judged micro-batch's encoding in bfloat16, pooled by mean."""
 
 INSTRUCTIONS = {
     "wgmma": r"[HQI]GMMA",
@@ -290,11 +291,12 @@ def resident_blocks(target: int, registers: int, warps: int, shared: int) -> int
 
 
 def modelled(entry: Compiled) -> dict[str, Any]:
-    """Time of a launch at the judged shape on an H100, and its share of the encoder's time there."""
+    """Time of a launch at the judged shape on an H100; of bfloat16 kernels the launches of an encoding
+    and their share of its time."""
     arithmetic = entry.flops / CEILINGS[entry.unit][0]
     memory = entry.bytes / CEILINGS["memory"][0]
     seconds = max(arithmetic, memory)
-    launches = LAUNCHES.get(entry.name.split()[0])
+    launches = LAUNCHES.get(entry.name)
     return {
         "unit": entry.unit,
         "flops": entry.flops,
@@ -335,11 +337,11 @@ def wrong(kernel: dict[str, Any]) -> list[str]:
 def print_table(kernels: Iterable[dict[str, Any]]) -> None:
     """The report as aligned text."""
     print(
-        f"{'kernel':34}{'target':>7}{'regs':>6}{'spills':>7}{'shared':>8}{'warps':>6}{'blocks':>7}"
+        f"{'kernel':44}{'target':>7}{'regs':>6}{'spills':>7}{'shared':>8}{'warps':>6}{'blocks':>7}"
         f"{'occup.':>7}{'us':>8}{'share':>7}  bound, instructions"
     )
     for kernel in kernels:
-        start = f"{kernel['name']:34}{kernel['target']:>7}"
+        start = f"{kernel['name']:44}{kernel['target']:>7}"
         if "raised" in kernel:
             print(f"{start}  {kernel['raised'].splitlines()[0]}")
             continue

@@ -51,6 +51,7 @@ def hold(kernels: list[dict[str, Any]], targets: tuple[int, ...]) -> None:
     """What the command has judged, seen again in its figures."""
     assert {kernel["name"].split()[0] for kernel in kernels} >= set(kernel_report.operators())
     assert {kernel["target"] for kernel in kernels} == {f"sm_{target}" for target in targets}
+    assert {kernel["name"] for kernel in kernels} >= set(kernel_report.LAUNCHES)
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert 0 < kernel["registers"] <= 255

@@ -1,0 +1,621 @@
+"""The encoder on a GPU, from one product's ceiling to `encode` end to end: what bench.gpu_check measures.
+
+Every step takes a `Bench` (device, sizes, one model) and returns plain numbers for the report. The
+judged shape is `JUDGED`: windows of four channels of 6 s in micro-batches of 234 sequences. The same
+steps run on a CPU through Triton's interpreter at small sizes, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.kernels import SEQUENCES, linear_gelu
+from bench.kernels.measure import copy_bandwidth, seconds
+from normwear_fast import FastNormWear, NormWearConfig
+from normwear_fast import benchmarking as benchmarks
+from normwear_fast.gpu import FLOAT8_CAPABILITY, MLP_CHOICES, quantise_columns, scaled_product
+from normwear_fast.kernels import tuning
+from normwear_fast.operators import Pool
+from normwear_fast.packing import sequence_tokens
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+
+OPERATORS = (
+    "tokenize",
+    "residual_norm",
+    "channel_attention",
+    "bias_gelu",
+    "pool_norm",
+    "gather_rows",
+    "scatter_rows",
+)
+
+LIGHT = ("tokenize", "residual_norm", "bias_gelu", "pool_norm", "gather_rows", "scatter_rows")
+"""What shall take at most a quarter of the time: everything that is neither product nor attention."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is run.
+
+    Args:
+        config: the model's sizes.
+        sequences: of a full micro-batch.
+        channels, samples: of the judged windows.
+        batches: full micro-batches of one `encode`.
+        rounds: timed runs of each kind.
+        repeats: of what must give the same bits every time.
+        latency_rounds: single windows.
+        batch_tokens: tokens of a micro-batch; the device's default if None.
+        ragged_samples, ragged_channels: bounds of the ragged mix, inclusive.
+        goldens: reference files by the beginning of their names.
+    """
+
+    config: NormWearConfig = field(default_factory=NormWearConfig)
+    sequences: int = SEQUENCES
+    channels: int = 4
+    samples: int = 390
+    batches: int = 16
+    rounds: int = 7
+    repeats: int = 40
+    latency_rounds: int = 200
+    batch_tokens: int | None = None
+    ragged_samples: tuple[int, int] = (128, 650)
+    ragged_channels: tuple[int, int] = (1, 14)
+    goldens: str = "encoder_"
+
+
+JUDGED = Sizes()
+
+QUICK = Sizes(batches=8, rounds=3, repeats=5, latency_rounds=50, goldens="encoder_small")
+
+
+class Bench:
+    """One device, one set of sizes, one model with seeded random weights.
+
+    Args:
+        device: where all of it runs.
+        sizes: how much.
+    """
+
+    def __init__(self, device: torch.device, sizes: Sizes = JUDGED) -> None:
+        self.device, self.sizes = device, sizes
+        self.rng = np.random.default_rng()
+
+    @cached_property
+    def model(self) -> FastNormWear:
+        model = FastNormWear(True, config=self.sizes.config, precision="float32", backend="triton")
+        return model.requires_grad_(False).to(self.device)
+
+    @property
+    def tokens(self) -> int:
+        """Of one judged sequence."""
+        return sequence_tokens(self.sizes.samples, "conv", self.sizes.config)
+
+    @property
+    def windows_a_batch(self) -> int:
+        return max(1, self.sizes.sequences // self.sizes.channels)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The fast ones that the device has."""
+        return ("bfloat16", "fp8") if self.has_float8 else ("bfloat16",)
+
+    @property
+    def has_float8(self) -> bool:
+        if self.device.type != "cuda":
+            return True
+        return torch.cuda.get_device_capability(self.device) >= FLOAT8_CAPABILITY
+
+    def windows(self, count: int) -> NDArray[np.float32]:
+        """(count, C, L) random walks in page-locked host memory."""
+        shape = (count, self.sizes.channels, self.sizes.samples)
+        walks = self.rng.standard_normal(shape, dtype=np.float32).cumsum(-1)
+        held = torch.from_numpy(walks)
+        return (held.pin_memory() if self.device.type == "cuda" else held).numpy()
+
+    def mix(self, tokens: int) -> list[NDArray[np.float32]]:
+        """Ragged random windows of about that many tokens together."""
+        found: list[NDArray[np.float32]] = []
+        total = 0
+        while total < tokens:
+            channels = int(self.rng.integers(*self.sizes.ragged_channels, endpoint=True))
+            samples = int(self.rng.integers(*self.sizes.ragged_samples, endpoint=True))
+            walk = self.rng.standard_normal((channels, samples), dtype=np.float32).cumsum(-1)
+            found.append(walk)
+            total += channels * sequence_tokens(samples, "conv", self.sizes.config)
+        return found
+
+    def encode(self, windows: Any, precision: str, **options: Any) -> Any:
+        return self.model.encode(
+            windows, precision=precision, batch_tokens=self.sizes.batch_tokens, **options
+        )
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+# --- right before fast ------------------------------------------------------------------------------
+
+
+def _helpers() -> ModuleType:
+    """tests/helpers.py, which knows how the reference numbers were made."""
+    spec = importlib.util.spec_from_file_location("helpers", TESTS / "helpers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GOLDEN_BOUNDS = {"float32": (2e-5, 0.999999), "bfloat16": (None, 0.999), "fp8": (None, 0.998)}
+"""Largest error and mean token cosine against the published implementation's numbers."""
+
+
+def goldens(bench: Bench) -> list[dict[str, Any]]:
+    """The reference numbers in each precision."""
+    helpers, found = _helpers(), []
+    for name in helpers.ENCODER_GOLDENS:
+        if not name.startswith(bench.sizes.goldens):
+            continue
+        arrays = helpers.golden(name)
+        model = FastNormWear(
+            "scipy" not in name, config=helpers.golden_config(arrays), backend="triton"
+        )
+        model.load_state_dict(helpers.golden_weights(arrays))
+        model.requires_grad_(False).to(bench.device)
+        expected = torch.from_numpy(arrays["out"])
+        for precision in ("float32", *bench.precisions):
+            model.precision = precision
+            with torch.inference_mode():
+                x = torch.from_numpy(arrays["x"]).to(bench.device)
+                errors = benchmarks.error_against(expected, model(x).cpu())
+            largest, cosine = GOLDEN_BOUNDS[precision]
+            passed = errors["mean_cosine"] >= cosine
+            passed &= largest is None or errors["max_abs_error"] <= largest
+            found.append({"name": f"{name} {precision}", **errors, "passed": passed})
+    return found
+
+
+def repetition(bench: Bench) -> list[dict[str, Any]]:
+    """Races show as bits that change: a ragged mix again and again, with other windows between."""
+    found = []
+    tokens = max(1, bench.sizes.sequences // 4) * bench.tokens
+    windows, others = bench.mix(tokens), [bench.mix(tokens // 2) for _ in range(3)]
+    for precision in ("float32", *bench.precisions):
+        for pool in ("mean", "cls"):
+            first = bench.encode(windows, precision, pool=pool)
+            changed = 0
+            for i in range(bench.sizes.repeats):
+                bench.encode(others[i % len(others)], precision, pool=pool)
+                again = bench.encode(windows, precision, pool=pool)
+                changed += not _same(first, again)
+            finite = all(np.isfinite(out).all() for out in first)
+            name = f"{precision} {pool} x {bench.sizes.repeats}"
+            found.append({"name": name, "changed": changed, "passed": finite and not changed})
+    return found
+
+
+def graphs(bench: Bench) -> list[dict[str, Any]]:
+    """Replayed graphs against the same launches one by one, bit for bit, ragged and equal."""
+    found = []
+    cases = {
+        "equal": list(bench.windows(bench.windows_a_batch)),
+        "ragged": bench.mix(bench.sizes.sequences * bench.tokens // 2),
+        "one window": list(bench.windows(1)),
+    }
+    for precision in ("float32", *bench.precisions):
+        encoder: Any = bench.model._engine(precision).encoder
+        for name, windows in cases.items():
+            for pool in ("mean", "cls"):
+                captured = encoder.captured
+                with_graph = bench.encode(windows, precision, pool=pool)
+                encoder.captured = False
+                try:
+                    without = bench.encode(windows, precision, pool=pool)
+                finally:
+                    encoder.captured = captured
+                same = _same(with_graph, without)
+                found.append({"name": f"{precision} {name} {pool}", "passed": same})
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- ceilings ---------------------------------------------------------------------------------------
+
+
+def ceilings(bench: Bench) -> dict[str, Any]:
+    """What the device gives our four products and a copy; the best product is the ceiling."""
+    config, device = bench.sizes.config, bench.device
+    rows = bench.sizes.sequences * bench.tokens
+    found: dict[str, Any] = {}
+    found["bfloat16"] = _rates(bench, benchmarks.gemm_calls(config, rows, torch.bfloat16, device))
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    for name, allowed in (("tf32", True), ("float32", False)):
+        flags.allow_tf32 = allowed
+        try:
+            calls = benchmarks.gemm_calls(config, rows, torch.float32, device)
+            found[name] = _rates(bench, calls)
+        finally:
+            flags.allow_tf32 = before
+    if bench.has_float8:
+        found["fp8"] = _rates(bench, _float8_calls(config, rows, device))
+    size = 4 * rows * config.embed_dim
+    found["copy_bytes_per_s"] = copy_bandwidth(device, size)
+    return found
+
+
+def _float8_calls(
+    config: NormWearConfig, rows: int, device: torch.device
+) -> dict[str, tuple[Callable[[], object], float]]:
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for name, (m, n, k) in benchmarks.gemm_shapes(config, rows).items():
+        a, a_scale = quantise_columns(torch.randn(m, k, device=device))
+        b, b_scale = quantise_columns(torch.randn(n, k, device=device))
+        out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+
+        def call(
+            operands: tuple[Tensor, ...] = (a, a_scale, b, b_scale, out),
+        ) -> object:
+            return scaled_product(*operands, None)
+
+        calls[name] = (call, 2.0 * m * n * k)
+    return calls
+
+
+def _rates(bench: Bench, calls: dict[str, tuple[Callable[[], object], float]]) -> dict[str, Any]:
+    taken = {
+        name: seconds(call, bench.device, bench.sizes.rounds) for name, (call, _) in calls.items()
+    }
+    rates = {name: flops / taken[name] for name, (_, flops) in calls.items()}
+    return {"flops_per_s": rates, "ceiling": max(rates.values())}
+
+
+# --- where the time of a layer stack goes -----------------------------------------------------------
+
+
+class Stopwatch:
+    """Time between marks on the device, summed by name.
+
+    Args:
+        device: CUDA events on a GPU, the process's clock on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time added to ``name``'s."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            start = self._mark()
+            result = function(*arguments, **options)
+            self._spans.append((name, start, self._mark()))
+            return result
+
+        return run
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by name."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[str, float] = defaultdict(float)
+        for name, start, stop in self._spans:
+            found[name] += (
+                start.elapsed_time(stop) / 1e3 if self.device.type == "cuda" else stop - start
+            )
+        return dict(found)
+
+
+@contextmanager
+def instrumented(engine: Any, wrap: Callable[[str, Any], Any]) -> Iterator[None]:
+    """The engine with its operators wrapped and its graphs off, for the length of the block."""
+    encoder, backend = engine.encoder, engine.backend
+    kept, captured = encoder.ops, encoder.captured
+    wrapped = {name: wrap(name, getattr(kept, name)) for name in OPERATORS}
+    encoder.ops = dataclasses.replace(kept, **wrapped)
+    engine.backend = dataclasses.replace(backend, tokenize=wrapped["tokenize"])
+    encoder.captured = False
+    try:
+        yield
+    finally:
+        encoder.ops, encoder.captured, engine.backend = kept, captured, backend
+
+
+def stack(bench: Bench) -> dict[str, Any]:
+    """A judged micro-batch on the device, by operator; what no operator took is the products'."""
+    found = {}
+    for precision in bench.precisions:
+        engine, run = _device_run(bench, precision)
+        whole = seconds(run, bench.device, bench.sizes.rounds)
+        rounds = []
+        for _ in range(bench.sizes.rounds + 1):
+            watch = Stopwatch(bench.device)
+            with instrumented(engine, watch.timed):
+                watch.timed("all", run)()
+            rounds.append(watch.totals())
+        parts = {
+            name: statistics.median(r.get(name, 0.0) for r in rounds[1:])
+            for name in ("all", *OPERATORS)
+        }
+        parts["products"] = parts["all"] - sum(parts[name] for name in OPERATORS)
+        channels = bench.windows_a_batch * bench.sizes.channels
+        found[precision] = {
+            "seconds": whole,
+            "seconds_by_launch": parts,
+            "shares": {
+                name: value / parts["all"] for name, value in parts.items() if name != "all"
+            },
+            "light_share": sum(parts[name] for name in LIGHT) / parts["all"],
+            "channel_windows_per_s": channels / whole,
+        }
+    return found
+
+
+def _device_run(
+    bench: Bench, precision: str, pool: Pool = "mean"
+) -> tuple[Any, Callable[[], Tensor]]:
+    """The engine, and one judged micro-batch through it, series and result on the device."""
+    shape = (bench.sizes.channels, bench.sizes.samples)
+    engine: Any = bench.model._engine(precision)
+    layout = bench.model._layout([shape] * bench.windows_a_batch)
+    series = torch.randn(layout.samples.total, device=bench.device).cumsum(0)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            out: Tensor = engine.run(series, layout, pool)
+        return out
+
+    return engine, run
+
+
+def tune(bench: Bench) -> dict[str, dict[str, float]]:
+    """Times every choice of every kernel on the calls of judged micro-batches and keeps the fastest.
+
+    Returns:
+        Operator and case to seconds by choice. The model picks anew afterwards.
+    """
+    calls: dict[tuple[str, str], tuple[Any, ModuleType, Callable[[], Any]]] = {}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        module = sys.modules[function.__module__]
+        if not hasattr(module, "pick"):
+            return function
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            def pick(operator: str, case: str, table: Any, device: torch.device) -> Any:
+                call = (table, module, lambda: function(*arguments, **options))
+                calls.setdefault((operator, case), call)
+                return tuning.pick(operator, case, table, device)
+
+            with replaced(module, "pick", pick):
+                return function(*arguments, **options)
+
+        return run
+
+    found = {}
+    for precision in bench.precisions:
+        pools: tuple[Pool, ...] = ("mean", "cls")
+        for pool in pools:
+            engine, run = _device_run(bench, precision, pool)
+            with instrumented(engine, recorded):
+                run()
+    for (operator, case), (table, module, call) in calls.items():
+
+        def timed(
+            choice: tuning.Choice,
+            key: tuple[str, str] = (operator, case),
+            module: ModuleType = module,
+            call: Callable[[], Any] = call,
+        ) -> float:
+            def pick(*asked: Any) -> tuning.Choice:
+                return choice if asked[:2] == key else tuning.pick(*asked)
+
+            with replaced(module, "pick", pick), torch.inference_mode():
+                return seconds(call, bench.device, bench.sizes.rounds)
+
+        found[f"{operator} {case}"] = tuning.tune(operator, case, table, bench.device, timed)
+    bench.model._engines.clear()
+    config, rows = bench.sizes.config, bench.sizes.sequences * bench.tokens
+    found["linear_gelu torch.bfloat16"] = linear_gelu.tune(  # before the MLP that may choose it
+        bench.device, rows, config.embed_dim, config.hidden_dim, bench.sizes.rounds
+    )
+    found["mlp bfloat16"] = _tune_mlp(bench)
+    bench.model._engines.clear()
+    return found
+
+
+def _tune_mlp(bench: Bench) -> dict[str, float]:
+    """The ways through the MLP, by the time of all layers."""
+    engine, run = _device_run(bench, "bfloat16")
+    encoder = engine.encoder
+
+    def timed(choice: tuning.Choice) -> float:
+        if choice.blocks["FUSED"] and encoder.ops.linear_gelu is None:
+            raise ValueError("the backend has no such kernel")
+        encoder.mlp = choice.blocks
+        for bucket in encoder._buckets.values():
+            bucket.graphs.clear()
+        return seconds(run, bench.device, bench.sizes.rounds)
+
+    table = {80: tuple(tuning.Choice(blocks) for blocks in MLP_CHOICES)}
+    return tuning.tune("mlp", "bfloat16", table, bench.device, timed)
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """A module's name bound to another value for the length of the block."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+# --- from the host and back -------------------------------------------------------------------------
+
+
+def encode(bench: Bench) -> dict[str, Any]:
+    """`encode` of page-locked float32 windows to pooled embeddings on the host, precisions in turn."""
+    windows = bench.windows(bench.sizes.batches * bench.windows_a_batch)
+    channels = len(windows) * bench.sizes.channels
+    calls: dict[str, Callable[[], object]] = {
+        name: (lambda name=name: bench.encode(windows, name)) for name in bench.precisions
+    }
+    timings = benchmarks.interleave(calls, rounds=bench.sizes.rounds)
+    few = windows[: max(1, 32 // bench.sizes.channels)]
+    exact = torch.from_numpy(bench.encode(few, "float32", pool="patch"))
+    found = {}
+    for name, timing in timings.items():
+        got = torch.from_numpy(bench.encode(few, name, pool="patch"))
+        cosine = F.cosine_similarity(exact.double(), got.double(), dim=-1)
+        found[name] = {
+            **timing.as_dict(),
+            "channel_windows_per_s": channels / timing.median,
+            "mean_cosine": float(cosine.mean()),
+            "worst_cosine": float(cosine.min()),
+        }
+    return found
+
+
+def ragged(bench: Bench) -> dict[str, Any]:
+    """Tokens a second of a ragged mix over those of equal windows, as many tokens, in turn."""
+    tokens = bench.sizes.batches * bench.sizes.sequences * bench.tokens
+    mix = bench.mix(tokens)
+    equal = bench.windows(bench.sizes.batches * bench.windows_a_batch)
+    counts = {
+        "ragged": sum(
+            len(w) * sequence_tokens(w.shape[1], "conv", bench.sizes.config) for w in mix
+        ),
+        "equal": equal.shape[0] * equal.shape[1] * bench.tokens,
+    }
+    timings = benchmarks.interleave(
+        {
+            "ragged": lambda: bench.encode(mix, "bfloat16"),
+            "equal": lambda: bench.encode(equal, "bfloat16"),
+        },
+        rounds=bench.sizes.rounds,
+    )
+    rates = {name: counts[name] / timing.median for name, timing in timings.items()}
+    return {"tokens_per_s": rates, "ratio": rates["ragged"] / rates["equal"], "windows": len(mix)}
+
+
+def latency(bench: Bench) -> dict[str, Any]:
+    """One window of three channels, host to host."""
+    shape = (3, bench.sizes.samples)
+    window = bench.rng.standard_normal(shape, dtype=np.float32)
+    found = {}
+    for precision in ("float32", *bench.precisions):
+        taken = []
+        for i in range(bench.sizes.latency_rounds + 10):
+            start = time.perf_counter()
+            bench.model.encode_unit([window], precision=precision)
+            if i >= 10:
+                taken.append(time.perf_counter() - start)
+        quantiles = np.quantile(taken, [0.5, 0.95])
+        found[precision] = {"median_s": float(quantiles[0]), "p95_s": float(quantiles[1])}
+    return found
+
+
+def memory(bench: Bench) -> dict[str, Any]:
+    """The peak of a short and of a longer run, beside the weights and one budget's buffers."""
+    if bench.device.type != "cuda":
+        return {"peak_bytes": None, "longer_peak_bytes": None}
+    windows = bench.windows(3 * bench.sizes.batches * bench.windows_a_batch)
+    short = windows[: bench.sizes.batches * bench.windows_a_batch]
+    peaks = []
+    bench.encode(short, "bfloat16")
+    for part in (short, windows):
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        bench.encode(part, "bfloat16")
+        peaks.append(torch.cuda.max_memory_allocated(bench.device))
+    engine: Any = bench.model._engine("bfloat16")
+    held = engine.encoder._storage.values()
+    buffers = sum(b.numel() * b.element_size() for b in held)
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+    folded = sum(
+        value.numel() * value.element_size()
+        for block in (*engine.encoder.blocks, *engine.encoder.fusions.values())
+        for value in vars(block).values()
+    )
+    return {
+        "peak_bytes": peaks[0],
+        "longer_peak_bytes": peaks[1],
+        "buffer_bytes": buffers,
+        "weight_bytes": weights + folded,
+        "over_budget": peaks[1] / (buffers + weights + folded),
+        "growth": peaks[1] / peaks[0],
+    }
+
+
+def one_at_a_time(bench: Bench) -> dict[str, Any]:
+    """Against what users run today: windows one by one, scalograms on the CPU, eager float32."""
+    reference = benchmarks.reference_of(bench.model)
+    few = bench.windows(2)
+    run = benchmarks.one_at_a_time(reference)
+    slow = seconds(lambda: run(torch.from_numpy(few)), bench.device, 3) / few.shape[0]
+    windows = bench.windows(bench.sizes.batches * bench.windows_a_batch)
+    timings = benchmarks.interleave({"encode": lambda: bench.encode(windows, "bfloat16")}, rounds=3)
+    fast = timings["encode"].median / len(windows)
+    return {
+        "channel_windows_per_s": bench.sizes.channels / slow,
+        "ratio": slow / fast,
+    }
+
+
+def compiled_reference(bench: Bench) -> dict[str, Any]:
+    """Against the reference under bfloat16 autocast and torch.compile max-autotune, in turn."""
+    reference = benchmarks.reference_of(bench.model)
+    windows = bench.windows(bench.windows_a_batch)
+    x = torch.from_numpy(windows).to(bench.device)
+    compiled = benchmarks.compiled(reference, True)
+    start = time.perf_counter()
+    compiled(x)
+    bench.synchronize()
+    compiling = time.perf_counter() - start
+    many = bench.windows(bench.sizes.batches * bench.windows_a_batch)
+    timings = benchmarks.interleave(
+        {"reference": lambda: compiled(x), "encode": lambda: bench.encode(many, "bfloat16")},
+        rounds=bench.sizes.rounds,
+    )
+    each = {
+        "reference": timings["reference"].median / len(windows),
+        "encode": timings["encode"].median / len(many),
+    }
+    return {
+        "channel_windows_per_s": bench.sizes.channels / each["reference"],
+        "ratio": each["reference"] / each["encode"],
+        "compile_s": compiling,
+    }

@@ -1,0 +1,261 @@
+"""gpu_check without a GPU: the compile-time part, and every measuring step at small sizes on the CPU,
+with the operators' definitions in the kernels' place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import chart, encoder_gpu, gpu_check, kernel_report
+from normwear_fast import NormWearConfig, backends, operators
+from normwear_fast.gpu import FLOAT8_MAX, GpuEncoder
+from normwear_fast.kernels import bias_gelu, tuning
+
+CPU = torch.device("cpu")
+SIZES = encoder_gpu.Sizes(
+    config=NormWearConfig(
+        embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16, decoder_depth=0
+    ),
+    sequences=4,
+    channels=2,
+    samples=32,
+    batches=2,
+    rounds=2,
+    repeats=1,
+    latency_rounds=2,
+    batch_tokens=256,
+    ragged_samples=(11, 40),
+    ragged_channels=(1, 3),
+    goldens="encoder_small_b1c1L32",
+)
+
+
+def _quantised(values: Tensor, out: Tensor, scale: Tensor) -> Tensor:
+    scale.copy_(values.abs().amax(1) / FLOAT8_MAX)
+    return out.copy_((values / scale[:, None]).to(out.dtype))
+
+
+def _residual_norm(residual, carried, eps, *, update=None, dtype=None, out=None, scale=None):
+    if scale is None:
+        return operators.residual_norm(residual, carried, eps, update=update, dtype=dtype, out=out)
+    normed = operators.residual_norm(residual, carried, eps, update=update, dtype=torch.float32)
+    return _quantised(normed, out, scale)
+
+
+def _bias_gelu(x, bias, *, out=None, scale=None):
+    operators.bias_gelu(x, bias)
+    if scale is not None:
+        _quantised(x.float(), out, scale)
+
+
+PLAIN = dataclasses.replace(backends.TORCH, residual_norm=_residual_norm, bias_gelu=_bias_gelu)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, ops: backends.Backend = PLAIN) -> None:
+    """The GPU's encoder around plain operators, under the name of Triton's backend."""
+    backend = dataclasses.replace(
+        ops,
+        name="triton",
+        encoder=lambda *arguments: GpuEncoder(*arguments, ops, bucketed=False),
+        precisions=("float32", "bfloat16", "fp8"),
+    )
+    monkeypatch.setitem(backends.BACKENDS, "triton", lambda: backend)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> encoder_gpu.Bench:
+    plain(monkeypatch)
+    return encoder_gpu.Bench(CPU, SIZES)
+
+
+# --- every step -------------------------------------------------------------------------------------
+
+
+def test_right_and_fast_sections(bench, monkeypatch, tmp_path) -> None:
+    """The four sections that a GPU sees first, and what the report makes of them."""
+    timings = [{"name": f"channel_attention {case} torch.bfloat16", "over_flash_attention": 2.0}
+               for case in ("equal", "mix 1:6")]  # fmt: skip
+    module = SimpleNamespace(timings=lambda device: [{"seconds": 1e-4, **row} for row in timings])
+    monkeypatch.setattr(kernel_report, "operators", lambda: {"channel_attention": module})
+    # Compiling takes a minute and is torch's business.
+    monkeypatch.setattr(encoder_gpu.benchmarks, "compiled", encoder_gpu.benchmarks.eager)
+    parts = {}
+    for name in ("right", "fast", "memory", "baselines"):
+        output = tmp_path / f"{name}.json"
+        gpu_check.work(name, output, bench)
+        parts[name] = json.loads(output.read_text())
+        assert list(gpu_check.failures(name, parts[name])) == []
+    assert {row["name"].split()[1] for row in parts["right"]["goldens"]} == {
+        "float32",
+        "bfloat16",
+        "fp8",
+    }
+    assert len(parts["right"]["repetition"]) == 6
+    assert len(parts["right"]["graphs"]) == 18
+    ceilings = parts["fast"]["ceilings"]
+    assert set(ceilings) == {"bfloat16", "tf32", "float32", "fp8", "copy_bytes_per_s"}
+    for stack in parts["fast"]["stack"].values():
+        assert sum(stack["shares"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in stack["shares"].values()), stack
+        assert 0 < stack["light_share"] < 1
+    goals = gpu_check.judged(parts)
+    missing = [goal["name"] for goal in goals if goal["value"] is None]
+    assert missing == [goal.name for goal in gpu_check.GOALS if "memory" in goal.name]
+    assert all(isinstance(g["reached"], bool) for g in goals if g["value"] is not None)
+    rows = gpu_check.rows_of(parts)
+    assert rows["reference, bfloat16, max-autotune"]["ratio"] == 1
+    assert len(rows) == 6
+    gpu_check.print_report(parts, goals)
+    report = tmp_path / "a-gpu.json"
+    gpu_check.write({"machine": gpu_check.machine(), "rows": rows}, report)
+    assert chart.draw(report).stat().st_size > 10_000
+
+
+def test_a_step_that_raises_hides_nothing(bench, monkeypatch, tmp_path) -> None:
+    def broken(bench: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(encoder_gpu, "goldens", broken)
+    gpu_check.work("right", tmp_path / "part.json", bench)
+    part = json.loads((tmp_path / "part.json").read_text())
+    (line,) = gpu_check.failures("right", part)
+    assert line == "right: broken raised: RuntimeError: an illegal memory access"
+    assert len(part["graphs"]) == 18
+
+
+def test_changing_bits_are_seen(bench, monkeypatch) -> None:
+    attention = operators.channel_attention
+
+    def racing(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return attention(query, *arguments, **options) * (1 + torch.rand(1).to(query.dtype))
+
+    plain(monkeypatch, dataclasses.replace(PLAIN, channel_attention=racing))
+    assert not any(row["passed"] for row in encoder_gpu.repetition(bench))
+
+
+def test_a_wrong_encoder_fails_the_goldens(bench, monkeypatch) -> None:
+    def wrong(x: Tensor, bias: Tensor, **options: Any) -> None:
+        _bias_gelu(x, 0.9 * bias, **options)
+
+    plain(monkeypatch, dataclasses.replace(PLAIN, bias_gelu=wrong))
+    found = encoder_gpu.goldens(bench)
+    assert found
+    assert not found[0]["passed"]
+
+
+def test_tuning_takes_every_choice_in_turn(monkeypatch, tmp_path) -> None:
+    """bias_gelu in Triton, interpreted; the other operators have nothing to choose."""
+    plain(monkeypatch, dataclasses.replace(PLAIN, bias_gelu=bias_gelu.bias_gelu))
+    path = tmp_path / "kernels.json"
+    monkeypatch.setattr(tuning, "cache_path", lambda device: path)
+    sizes = dataclasses.replace(SIZES, sequences=1, channels=1, samples=20, rounds=1)
+    pick = bias_gelu.pick
+    found = encoder_gpu.tune(encoder_gpu.Bench(CPU, sizes))
+    assert bias_gelu.pick is pick
+    bfloat16 = found["bias_gelu torch.bfloat16"]
+    assert len(bfloat16) == len(tuning.choices(bias_gelu.CHOICES, 80))
+    assert any(name.startswith("bias_gelu torch.bfloat16 torch.float8") for name in found)
+    assert min(bfloat16.values()) > 0
+    refused = [name for name in found["mlp bfloat16"] if "refused" in name]
+    assert len(refused) == 1  # the fused one: these operators have no such kernel
+    kept = json.loads(path.read_text())
+    assert set(kept) == set(found)
+
+
+# --- sections and their processes -------------------------------------------------------------------
+
+
+def test_checks_are_judged(tmp_path) -> None:
+    def broken() -> dict[str, float]:
+        raise ValueError("no")
+
+    recorded: dict[str, Any] = {}
+    outcomes = [
+        ("good", lambda: {"error": 1.0, "bound": 1.0, "stable": 1.0}),
+        ("far", lambda: {"error": 2.0, "bound": 1.0, "stable": 1.0}),
+        ("nan", lambda: {"error": float("nan"), "bound": 1.0, "stable": 1.0}),
+        ("unstable", lambda: {"error": 0.0, "bound": 1.0, "stable": 0.0}),
+        ("broken", broken),
+    ]
+    gpu_check.checked(recorded.__setitem__, outcomes)
+    passed = [row["passed"] for row in recorded["checks"]]
+    assert passed == [True, False, False, False, False]
+    assert len(list(gpu_check.failures("operator", recorded))) == 4
+
+
+def test_every_operator_has_a_section() -> None:
+    found = gpu_check.sections()
+    assert set(kernel_report.operators()) <= set(found)
+    assert [name for name, section in found.items() if section.alone] == [
+        "tune",
+        "right",
+        "fast",
+        "memory",
+        "baselines",
+    ]
+
+
+def test_a_section_runs_its_operators_checks(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def checks(device: torch.device) -> list[tuple[str, Any]]:
+        asked.append(device)
+        return [("one", lambda: {"error": 0.0, "bound": 1.0, "stable": 1.0})]
+
+    module = SimpleNamespace(checks=checks)
+    monkeypatch.setattr(kernel_report, "operators", lambda names: dict.fromkeys(names, module))
+    gpu_check.work("bias_gelu", tmp_path / "part.json", SimpleNamespace(device=CPU))
+    (row,) = json.loads((tmp_path / "part.json").read_text())["checks"]
+    assert asked == [CPU]
+    assert row["passed"]
+
+
+def test_a_process_and_its_time_limit() -> None:
+    part, ended = gpu_check.in_a_process("memory", 100, ["--quick"])
+    assert ended is None
+    if not torch.cuda.is_available():
+        assert part["memory"] == {"peak_bytes": None, "longer_peak_bytes": None}
+    part, ended = gpu_check.in_a_process("memory", 0.01, [])
+    assert part == {}
+    assert ended == "memory took more than 0.01 s and was ended"
+
+
+def test_every_section_is_kept_as_it_ends(monkeypatch, tmp_path) -> None:
+    def process(name: str, limit: int, options: list[str]) -> tuple[dict[str, Any], str | None]:
+        if name == "fast":
+            return {}, "fast took more than 240 s and was ended"
+        return {"checks": [{"name": "one", "passed": name != "bias_gelu"}]}, None
+
+    monkeypatch.setattr(gpu_check, "in_a_process", process)
+    found: dict[str, Any] = {}
+    output = tmp_path / "report.json"
+    wrong = gpu_check.check_device(found, output, [], tune=False)
+    assert sorted(line.split()[0] for line in wrong) == ["bias_gelu:", "fast"]
+    written = json.loads(output.read_text())
+    assert set(written["sections"]) == set(gpu_check.sections()) - {"tune"}
+    assert written["wrong"] == wrong
+    assert all(goal["reached"] is None for goal in written["goals"])
+
+
+def test_result_names() -> None:
+    name = gpu_check.default_output("NVIDIA H100 80GB HBM3", "2026-01-02").name
+    assert name == "nvidia-h100-80gb-hbm3-2026-01-02.json"
+    assert gpu_check.default_output(None, "2026-01-02").parent.name == "build"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_command_without_a_gpu(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "TARGETS", (90,))  # as tests/test_kernel_report.py has it
+    assert gpu_check.main(["--output", str(tmp_path / "found.json")]) == 0
+    assert "no GPU here" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["device"] is None
+    assert found["wrong"] == []
+    assert len(found["compiled"]) in (0, 51)  # without and with nvcc
+    assert {kernel["target"] for kernel in found["triton"]} == {"sm_90"}
