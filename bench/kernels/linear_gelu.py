@@ -118,20 +118,27 @@ def _check(
     return check
 
 
-def _operands(device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = torch.randn(rows, WIDTH, device=device).bfloat16()
-    weight = (torch.randn(HIDDEN, WIDTH, device=device) / WIDTH**0.5).bfloat16()
-    bias = torch.randn(HIDDEN, device=device)
-    return x, weight, bias, torch.empty(rows, HIDDEN, device=device, dtype=torch.bfloat16)
+def _operands(
+    device: torch.device, rows: int, width: int, hidden: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.randn(rows, width, device=device).bfloat16()
+    weight = (torch.randn(hidden, width, device=device) / width**0.5).bfloat16()
+    bias = torch.randn(hidden, device=device)
+    return x, weight, bias, torch.empty(rows, hidden, device=device, dtype=torch.bfloat16)
 
 
-def tune(device: torch.device | None = None, rows: int = ROWS) -> dict[str, float]:
-    """Keeps the fastest choice at the judged shape; seconds of each."""
-    device = device or default_device()
-    operands = _operands(device, rows)
+def tune(
+    device: torch.device,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    hidden: int = HIDDEN,
+    rounds: int = 20,
+) -> dict[str, float]:
+    """Keeps the fastest choice at a shape; seconds of each."""
+    operands = _operands(device, rows, width, hidden)
 
     def timed(choice: Choice) -> float:
-        return seconds(lambda: module.launch(choice, *operands), device)
+        return seconds(lambda: module.launch(choice, *operands), device, rounds)
 
     return tuning.tune("linear_gelu", str(torch.bfloat16), module.CHOICES, device, timed)
 
@@ -139,7 +146,7 @@ def tune(device: torch.device | None = None, rows: int = ROWS) -> dict[str, floa
 def timings(device: torch.device | None = None, rows: int = ROWS) -> list[dict[str, Any]]:
     """Every choice, the vendor's product alone, and that with the activation after it."""
     device = device or default_device()
-    x, weight, bias, out = _operands(device, rows)
+    x, weight, bias, out = _operands(device, rows, WIDTH, HIDDEN)
 
     def product() -> None:
         torch.mm(x, weight.T, out=out)
