@@ -702,6 +702,15 @@ inline void transpose(quad& a, quad& b, quad& c, quad& e) {
     e = zip<1>(ac1, be1);
 }
 
+// Asks for a head's part of the row that is read AHEAD_ROWS later: rows are kilobytes apart, in pages of their
+// own, where the processor does not look ahead by itself.
+constexpr int64_t AHEAD_ROWS = 12;
+inline void prefetch_row(const View& v, int64_t row, int64_t last, int64_t column, int64_t n) {
+    const int64_t size = v.type == Type::float32 ? 4 : 2;
+    const char* x = static_cast<const char*>(v.data) + (least(row + AHEAD_ROWS, last) * v.stride + column) * size;
+    for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(x + byte);
+}
+
 // `count` <= LANES queries as the panel of a product: (words, LANES), zeros for those that are not there.
 template <Operand OP>
 void pack_queries(const View& query, int64_t first, int64_t count, int64_t column, int64_t d, int64_t words,
@@ -732,6 +741,7 @@ template <Operand OP>
 void pack_keys(const View& kv, int64_t first, int64_t column, int64_t d, const Block& block) {
     uint32_t* temporary = static_cast<uint32_t*>(scratch(BYTES, block.words * 4));
     for (int64_t i = 0; i < block.rows; ++i) {
+        prefetch_row(kv, first + i, first + block.rows - 1, column, d);
         pack_words(block, i, row_words<OP>(kv, first + i, column, d, block.words, temporary));
     }
 }
@@ -747,6 +757,7 @@ void pack_values(const View& kv, int64_t first, int64_t count, int64_t column, c
             uint32_t* own = words + i * padded;
             const int64_t key = (w + i) * per_word(OP);
             row[i] = own;
+            for (int k = 0; k < per_word(OP); ++k) prefetch_row(kv, first + key + k, first + count - 1, column, d);
             if (OP == Operand::float32 && key < count) {
                 row[i] = row_words<OP>(kv, first + key, column, d, padded, own);
                 continue;
@@ -839,6 +850,9 @@ void attention_operand(const AttentionArguments& p, int threads) {
         float* rows = static_cast<float*>(scratch(ROW, LANES * padded * sizeof(float)));
         for (int64_t q = q_first; q < q_stop; q += LANES) {
             pack_queries<OP>(p.query, q, least(LANES, q_stop - q), head * d, d, words, queries);
+            for (int64_t i = 0; i < LANES; ++i) {  // those of the next panel
+                prefetch_row(p.query, q + LANES + i - AHEAD_ROWS, q_stop - 1, head * d, d);
+            }
             for (int64_t i = 0; i < count; i += MR) {
                 multiply_tile<OP>(tile_rows(count - i), keys.tile(i), queries, words / 4, scores + i * LANES);
             }
