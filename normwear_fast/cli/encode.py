@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = add_form_arguments(parser)
     model.add_argument(
-        "--precision", default="auto", metavar="P", help="auto (default), float32, bfloat16"
+        "--precision",
+        default="auto",
+        metavar="P",
+        help="auto (default), float32, bfloat16, int8 (CPU), fp8 (GPU)",
     )
     model.add_argument(
         "--device", default="auto", metavar="D", help="auto (default), cpu, cuda, cuda:I, cuda:all"

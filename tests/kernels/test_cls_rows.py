@@ -1,4 +1,4 @@
-"""`gather_rows` and `scatter_rows` in Triton: the plain definition's numbers, and nothing else touched."""
+"""`gather_rows` and `scatter_rows` in Triton: the definition's numbers, and nothing else touched."""
 
 from __future__ import annotations
 
