@@ -230,19 +230,32 @@ def test_an_error_in_a_stage_ends_the_run_and_keeps_what_is_whole(
 ) -> None:
     calls = []
     threads = threading.active_count()
+    encoded = threading.Event()
+    encode, read = local.encode_prepared, readers.prepare_job
 
-    def failing(*args: Any) -> Any:
+    def encoding(*args: Any) -> Any:
+        if where == "encode":
+            fail_at_the_third()
+        embeddings = encode(*args)
+        encoded.set()
+        return embeddings
+
+    def reading(*args: Any) -> Any:
+        if where == "read":
+            fail_at_the_third()
+        return read(*args)
+
+    def fail_at_the_third() -> None:
         calls.append(1)
         if len(calls) == 3:
+            assert encoded.wait(60)  # a run that fails before anything is encoded keeps nothing
             raise RuntimeError("broken")
-        return original(*args)
 
-    module, name = (local, "encode_prepared") if where == "encode" else (readers, "prepare_job")
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, failing)
+    monkeypatch.setattr(local, "encode_prepared", encoding)
+    monkeypatch.setattr(readers, "prepare_job", reading)
     with pytest.raises(RuntimeError, match="broken"):
         common.run(cohort_folder, tmp_path / "out")
-    monkeypatch.setattr(module, name, original)
+    monkeypatch.undo()
     kept = len(load_embeddings(tmp_path / "out"))
     assert kept > 0
     common.run(cohort_folder, tmp_path / "out")
