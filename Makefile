@@ -17,7 +17,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/normwear-fast encode examples/cohort --random-weights 0 --model-size small --output out/demo
+	$(BIN)/normwear-fast encode examples/cohort --weights examples/weights/tiny --output out/demo
 	$(BIN)/normwear-fast report out/demo
 
 test: $(VENV)/.installed

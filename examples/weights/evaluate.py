@@ -53,9 +53,18 @@ QUALITY = HELD_OUT[:4]
 SEED = 1_000_000
 """Of the simulated samples; the corpus has seed 0."""
 
+PER_CLASS = 150
+SNR = (0.0, 20.0)
+"""dB of signal over noise in simulated samples."""
+
+BEATS = ((50, 75), (75, 100), (100, 130))
+"""Beats a minute of the classes of heart rate."""
+
+QUALITY_SNR = 0.0
+"""dB in the noisy samples of the task of signal quality."""
+
 SEEDS = range(5)
 WINDOW = 6.0
-SAMPLES = 390
 
 
 @dataclass(frozen=True)
@@ -96,14 +105,6 @@ def _simulated(
     return Task(np.stack(windows), np.array(labels), np.arange(len(labels)))
 
 
-PER_CLASS = 200
-SNR = (0.0, 20.0)
-"""dB of the noise on simulated samples."""
-
-BEATS = ((50, 75), (75, 100), (100, 130))
-"""Beats a minute of the classes of heart rate."""
-
-
 def ecg_rhythm() -> Task:
     """Regular or irregular beats, ECG: a deviation of 1 or 20 beats a minute."""
     return _simulated(
@@ -142,7 +143,7 @@ def ppg_rate() -> Task:
 
 
 def quality() -> Task:
-    """Real ECG and PPG as recorded, or with noise added 10 dB below the signal.
+    """Real ECG and PPG as recorded, or with as much noise as signal added.
 
     A window and its noisy twin are one group.
     """
@@ -159,8 +160,6 @@ def quality() -> Task:
                     groups.append(len(groups) // 2)
     return Task(np.stack(windows), np.array(labels), np.array(groups))
 
-
-QUALITY_SNR = 10.0
 
 TASKS = {
     "ecg_rhythm": ecg_rhythm,
