@@ -2,6 +2,7 @@
 
     python -m bench.encode_overhead                                # base model, C=3, this machine
     python -m bench.encode_overhead --save encode-overhead         # also writes bench/results/NAME.json
+    python -m bench.encode_overhead --unit-windows 4 --rounds 3    # three minutes on two cores
     python -m bench.encode_overhead --model-size small --units 8   # a trial
 
 A WFDB recording of three channels at 360 Hz is encoded by `encode_recordings` (survey, reading,
