@@ -7,8 +7,9 @@ folder=$1
 python examples/weights/corpus.py "$folder/corpus" --seed 0
 
 normwear-fast prepare tests/data/03700181.hea tests/data/a103l.hea tests/data/ppg_datetime.csv \
-    "$folder/corpus/imu" --hop 0.5 --output "$folder/shards/real"
-normwear-fast prepare "$folder/corpus/simulated" --hop 4 --output "$folder/shards/simulated"
+    "$folder/corpus/imu" --hop 0.5 --workers 0 --output "$folder/shards/real"
+normwear-fast prepare "$folder/corpus/simulated" --hop 4 --workers 0 \
+    --output "$folder/shards/simulated"
 
 normwear-fast pretrain "$folder/shards" --output "$folder/first" --config small --steps 1500 \
     --batch-size 8 --accumulate 1 --learning-rate 0.032 --warmup 100 --seed 0
