@@ -144,7 +144,12 @@ LONG = (
     "encoder_small_b1c1L1300",
     "encoder_scipy_small_b1c3L391",
 )
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1_200))
+CASES = [*QUICK, *(pytest.param(name, marks=SLOW) for name in LONG)]
+SEVERAL_CHANNELS = [
+    *QUICK,
+    *(pytest.param(f"encoder_{n}", marks=SLOW) for n in ("small_b2c2L128", "scipy_small_b1c3L391")),
+]
 
 
 @pytest.fixture
@@ -172,7 +177,7 @@ def test_reference_numbers_through_triton(name, narrow):
 @pytest.mark.parametrize(
     ("precision", "worst", "mean"), [("bfloat16", 0.995, 0.999), ("fp8", 0.9, 0.998)]
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SEVERAL_CHANNELS)
 def test_fast_precisions_through_triton(name, precision, worst, mean, narrow):
     model, arrays = triton_model(name, precision)
     out = model.get_embedding(arrays["x"])
