@@ -100,7 +100,7 @@ class FastNormWear(ReferenceNormWear):
         weight_path: checkpoint file, folder or hub id; "" for random, seeded weights.
         config: sizes; the released model by default.
         precision: ``float32`` is the parity mode; ``bfloat16``; ``auto`` is bfloat16 on a GPU of
-            capability >= 8.0 or a CPU with AMX or AVX512-BF16, else float32.
+            capability >= 8.0 or a CPU that multiplies it faster than float32, else float32.
         backend: ``auto`` or the name of one of :data:`normwear_fast.backends.BACKENDS`.
         seed: of the random weights.
 
