@@ -294,8 +294,7 @@ class GpuEncoder:
         """The same memory for every bucket: a larger one than ever before makes the graphs anew."""
         buffer, size = self._storage.get(name), rows * width
         if buffer is None or buffer.numel() < size:
-            for bucket in self._buckets.values():
-                bucket.graphs.clear()
+            self._drop_graphs()
             with torch.inference_mode(False):
                 # Zeros: a graph's rows past the real ones are computed too, and must be finite.
                 buffer = torch.zeros(size, dtype=dtype, device=self.device)
@@ -306,8 +305,16 @@ class GpuEncoder:
         """Frees buffers and graphs where they hold more than ``keep_bytes``."""
         held = sum(b.numel() * b.element_size() for b in self._storage.values())
         if held > keep_bytes:
+            self._drop_graphs()
             self._buckets.clear()
             self._storage.clear()
+
+    def _drop_graphs(self) -> None:
+        """Forgets the graphs, whose addresses are about to be wrong, once none is running."""
+        if any(bucket.graphs for bucket in self._buckets.values()):
+            torch.cuda.current_stream(self.device).synchronize()
+        for bucket in self._buckets.values():
+            bucket.graphs.clear()
 
     def run(self, residual: Tensor, layout: Layout, pool: Pool, take: Take) -> Tensor:
         """Tokens to output.
@@ -363,7 +370,8 @@ class GpuEncoder:
                 self._layers(residual, layout, cls_only)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Other threads allocate meanwhile: one a device under cuda:all, and whoever pins host memory.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._layers(residual, layout, cls_only)
         residual.copy_(kept)
         return graph

@@ -3,6 +3,7 @@ encoders through Triton's interpreter against the reference numbers."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -196,6 +197,72 @@ def test_every_way_through_the_mlp(blocks, narrow):
     encoder = model._engine().encoder
     encoder.mlp = blocks | ({"ROWS": 24} if blocks["ROWS"] else {})
     assert np.allclose(model.encode(window), expected, atol=0.05)
+
+
+class Recorded:
+    """Stands in for torch's graphs: what is captured runs, and a replay runs the same call again."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.calls = []
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+def test_captured_layers_are_replayed(monkeypatch, narrow):
+    """The way through capture and replay: once a bucket and kind, anew when the buffers have grown."""
+    layers, capturing = GpuEncoder._layers, []
+
+    def recorded(self, *arguments):
+        if capturing:  # what is recorded does not run
+            capturing[-1].calls.append(lambda: layers(self, *arguments))
+        else:
+            layers(self, *arguments)
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(GpuEncoder, "_layers", recorded)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Recorded, "made", 0)
+
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
+    model = FastNormWear(True, config=config, precision="float32", backend="triton")
+    plain = FastNormWear(True, config=config, precision="float32", backend="torch")
+    model._engine().encoder.captured = True
+    rng = np.random.default_rng()
+    # Two of one bucket share a graph; a larger one makes room; what was captured before is made anew.
+    for samples, pool, graphs in (
+        (20, "mean", 1),
+        (21, "mean", 1),
+        (40, "cls", 2),
+        (20, "mean", 3),
+    ):
+        windows = rng.standard_normal((1, 1, samples))
+        got, expected = (m.encode(windows, pool=pool) for m in (model, plain))
+        assert np.allclose(got, expected, atol=2e-5)
+        assert Recorded.made == graphs
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
