@@ -73,7 +73,10 @@ def test_float8_rows(dtype, hidden):
     # Half a step: 2^-3 of the value, or 2^-9 of the scale below the smallest normal value.
     divisor = scale[:5, None].double()
     step = torch.maximum(2**-3 * expected.abs(), 2**-9 * divisor)
-    assert ((out.double() * divisor - expected).abs() <= 0.5001 * step).all()
+    # What float32 adds can tip a value that lies half-way: the sum's rounding and gelu's own error.
+    own = 3e-7 * (x.double().abs() + bias.double().abs())
+    own[2] = 0
+    assert ((out.double() * divisor - expected).abs() <= 0.5001 * step + own).all()
 
 
 def test_what_it_does_not_take():

@@ -80,7 +80,8 @@ def test_parity(dtype, update_dtype, out_dtype, width, with_carried):
         torch.testing.assert_close(divisor, exact, rtol=1e-5, atol=0)
         # Half a step: 2^-3 of the value, or 2^-9 of the scale below the smallest normal value.
         step = torch.maximum(2**-3 * expected.abs(), 2**-9 * divisor)
-        assert ((out.double() * divisor - expected).abs() <= 0.5001 * step).all()
+        # 5e-6 is the norm's own error, which can tip a value that lies half-way.
+        assert ((out.double() * divisor - expected).abs() <= 0.5001 * step + 5e-6).all()
     else:
         rounding = torch.finfo(out_dtype).eps / 2 + 2e-6
         torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=5e-6)
