@@ -70,8 +70,10 @@ class FixedSegments:
 
     def __init__(self, capacity: int, rows: int, longest: int, device: torch.device) -> None:
         self.capacity, self.total, self.longest, self.device = capacity, rows, longest, device
-        self.cu = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
-        self.index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+        # Filled inside and outside inference mode: must not be inference tensors.
+        with torch.inference_mode(False):
+            self.cu = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+            self.index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
         """First row of each segment, -1 where there is none."""
         self._tiles: dict[int, Tensor] = {}
         self._lengths: tuple[int, ...] = ()
@@ -95,7 +97,8 @@ class FixedSegments:
         """(rows // block + capacity, 2) int32, as `Segments.tiles`, filled up with -1."""
         if block not in self._tiles:
             size = self.total // block + self.capacity
-            self._tiles[block] = torch.empty((size, 2), dtype=torch.int32, device=self.device)
+            with torch.inference_mode(False):
+                self._tiles[block] = torch.empty((size, 2), dtype=torch.int32, device=self.device)
             self._write_tiles(block)
         return self._tiles[block]
 
@@ -262,6 +265,8 @@ class GpuEncoder:
         """Whether buckets are captured as graphs; their fixed tables are used all the same without."""
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._storage: dict[str, Tensor] = {}
+        self._stream: Any = None
+        """Captures' own, made with the first: torch's pool of memory has parts a stream."""
 
     def _mlp_choice(self) -> Mapping[str, int]:
         if self.ops.linear_gelu is None or self.precision != "bfloat16":
@@ -360,9 +365,18 @@ class GpuEncoder:
         bucket.graphs[cls_only].replay()
 
     def _capture(self, residual: Tensor, layout: FixedLayout, cls_only: bool) -> Any:
-        """Runs the layers twice to compile and choose what they need, then records them."""
+        """Runs the layers twice to compile and choose what they need, then records them.
+
+        cuBLAS writes to a workspace that torch keeps for each stream, and frees for all streams when
+        anyone's graphs are made or, in newer versions, dropped (torch.compile's "max-autotune" makes
+        some): a graph replayed after that would write to memory that is no longer its own. Cleared as a
+        capture begins, the workspace comes from the graphs' pool (32 MB on an H100, one for all of an
+        encoder's graphs: they never run at once) and stays with them.
+        """
         kept = residual.clone()  # the runs accumulate into it, and the replay needs it as it was
-        stream = torch.cuda.Stream(self.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -370,9 +384,14 @@ class GpuEncoder:
                 self._layers(residual, layout, cls_only)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        made = [known for bucket in self._buckets.values() for known in bucket.graphs.values()]
+        pool = made[0].pool() if made else None
         # Other threads allocate meanwhile: one a device under cuda:all, and whoever pins host memory.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            torch._C._cuda_clearCublasWorkspaces()
             self._layers(residual, layout, cls_only)
+            torch._C._cuda_clearCublasWorkspaces()
         residual.copy_(kept)
         return graph
 

@@ -206,7 +206,10 @@ class Recorded:
 
     def __init__(self):
         type(self).made += 1
-        self.calls = []
+        self.number, self.calls = self.made, []
+
+    def pool(self):
+        return self.number
 
     def replay(self):
         for call in self.calls:
@@ -215,9 +218,10 @@ class Recorded:
 
 def test_captured_layers_are_replayed(monkeypatch, narrow):
     """The way through capture and replay: once a bucket and kind, anew when the buffers have grown."""
-    layers, capturing = GpuEncoder._layers, []
+    layers, capturing, streams, pools, steps = GpuEncoder._layers, [], set(), [], []
 
     def recorded(self, *arguments):
+        steps.append("layers")
         if capturing:  # what is recorded does not run
             capturing[-1].calls.append(lambda: layers(self, *arguments))
         else:
@@ -226,7 +230,11 @@ def test_captured_layers_are_replayed(monkeypatch, narrow):
     @contextlib.contextmanager
     def capture(graph, **options):
         capturing.append(graph)
+        streams.add(options["stream"])
+        pools.append(options["pool"])
+        steps.append("begin")
         yield
+        steps.append("end")
         capturing.pop()
 
     class Stream:
@@ -246,6 +254,8 @@ def test_captured_layers_are_replayed(monkeypatch, narrow):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Recorded, "made", 0)
+    clear = lambda: steps.append("clear")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
 
     config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
     model = FastNormWear(True, config=config, precision="float32", backend="triton")
@@ -263,6 +273,21 @@ def test_captured_layers_are_replayed(monkeypatch, narrow):
         got, expected = (m.encode(windows, pool=pool) for m in (model, plain))
         assert np.allclose(got, expected, atol=2e-5)
         assert Recorded.made == graphs
+    # Every graph's workspace is its encoder's: one stream, and one pool as long as a graph lives.
+    assert len(streams) == 1
+    assert pools == [None, None, 2]
+    assert steps == ["layers", "layers", "begin", "clear", "layers", "clear", "end"] * 3
+
+
+def test_inference_mode_and_none_in_turn(narrow):
+    """Tables made by `encode`, which is in inference mode, are filled by `forward`, which is not."""
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
+    model = FastNormWear(True, config=config, precision="float32", backend="triton")
+    model.requires_grad_(False)
+    windows = np.random.default_rng().standard_normal((1, 1, 20)).astype(np.float32)
+    for _ in range(2):
+        encoded = model.encode(windows, pool="patch")
+        assert np.array_equal(encoded, model.get_embedding(windows).numpy())
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
