@@ -181,6 +181,28 @@ def test_what_is_kept_is_bounded(monkeypatch):
     assert len(kept._plans) <= 2
 
 
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+def test_filters_of_every_length_are_made_once(method, monkeypatch):
+    """Passes over all lengths in order, as `encode` sorts them: the second finds every filter."""
+    from normwear_fast.kernels import tokenize as module
+
+    made = []
+
+    def filters(length, *arguments):
+        made.append(length)
+        return module.Filters(np.ones(48 * 32, np.float32), np.array([[0, -16, 32]] * 13))
+
+    monkeypatch.setattr(module, "column_filters", filters)
+    lengths = list(range(11, 701))
+    tokenizer, _, samples, sequences = batch(np.random.default_rng(), lengths, method, 16)
+    prepared = module.Prepared(tokenizer, "ieee")
+    for _ in range(2):
+        prepared.plan(tokenizer, samples, sequences, 64)
+        prepared._plans.clear()
+    assert len(made) == len(set(made))
+    assert len(made) > 600
+
+
 def test_what_does_not_fit_is_an_error():
     tokenizer, series, samples, sequences = batch(np.random.default_rng(), [20, 30], "conv", 16)
     with pytest.raises(InputError, match="rows and 2 series for"):
