@@ -376,16 +376,7 @@ def timings() -> list[dict[str, Any]]:
     return found
 
 
-def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
-    """Median of single runs by CUDA events, after a warm-up."""
-    for _ in range(3):
-        run()
-    taken = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        taken.append(start.elapsed_time(stop) / 1e3)
-    return float(np.median(taken))
+def _seconds(run: Callable[[], object]) -> float:
+    from bench.kernels.measure import default_device, seconds
+
+    return seconds(run, default_device())

@@ -12,6 +12,7 @@ import importlib.util
 import statistics
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.kernels import SEQUENCES, linear_gelu
-from bench.kernels.measure import copy_bandwidth, seconds
+from bench.kernels.measure import AHEAD, copy_bandwidth, run_ahead, seconds
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast import benchmarking as benchmarks
 from normwear_fast.gpu import FLOAT8_CAPABILITY, MLP_CHOICES, quantise_columns, scaled_product
@@ -154,6 +155,15 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
+def attempted(part: Callable[[], Any]) -> Any:
+    """A part of a step's result, or what it raised: one precision that fails hides no other."""
+    try:
+        return part()
+    except Exception as error:
+        traceback.print_exc()
+        return {"raised": f"{type(error).__name__}: {error}", "passed": False}
+
+
 # --- right before fast ------------------------------------------------------------------------------
 
 
@@ -166,6 +176,8 @@ def _helpers() -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+
+POOLED: tuple[Pool, ...] = ("mean", "cls")
 
 GOLDEN_BOUNDS = {"float32": (2e-5, 0.999999), "bfloat16": (None, 0.999), "fp8": (None, 0.998)}
 """Largest error and mean token cosine against the published implementation's numbers."""
@@ -184,7 +196,13 @@ def goldens(bench: Bench) -> list[dict[str, Any]]:
         model.load_state_dict(helpers.golden_weights(arrays))
         model.requires_grad_(False).to(bench.device)
         expected = torch.from_numpy(arrays["out"])
-        for precision in ("float32", *bench.precisions):
+
+        def judged(
+            precision: str,
+            model: FastNormWear = model,
+            arrays: Any = arrays,
+            expected: Any = expected,
+        ) -> dict[str, Any]:
             model.precision = precision
             with torch.inference_mode():
                 x = torch.from_numpy(arrays["x"]).to(bench.device)
@@ -192,7 +210,11 @@ def goldens(bench: Bench) -> list[dict[str, Any]]:
             largest, cosine = GOLDEN_BOUNDS[precision]
             passed = errors["mean_cosine"] >= cosine
             passed &= largest is None or errors["max_abs_error"] <= largest
-            found.append({"name": f"{name} {precision}", **errors, "passed": passed})
+            return {**errors, "passed": passed}
+
+        for precision in ("float32", *bench.precisions):
+            errors = attempted(lambda precision=precision, judged=judged: judged(precision))
+            found.append({"name": f"{name} {precision}", **errors})
     return found
 
 
@@ -201,17 +223,21 @@ def repetition(bench: Bench) -> list[dict[str, Any]]:
     found = []
     tokens = max(1, bench.sizes.sequences // 4) * bench.tokens
     windows, others = bench.mix(tokens), [bench.mix(tokens // 2) for _ in range(3)]
+
+    def repeated(precision: str, pool: Pool) -> dict[str, Any]:
+        first = bench.encode(windows, precision, pool=pool)
+        changed = 0
+        for i in range(bench.sizes.repeats):
+            bench.encode(others[i % len(others)], precision, pool=pool)
+            again = bench.encode(windows, precision, pool=pool)
+            changed += not _same(first, again)
+        finite = all(bool(np.isfinite(out).all()) for out in first)
+        return {"changed": changed, "passed": finite and not changed}
+
     for precision in ("float32", *bench.precisions):
-        for pool in ("mean", "cls"):
-            first = bench.encode(windows, precision, pool=pool)
-            changed = 0
-            for i in range(bench.sizes.repeats):
-                bench.encode(others[i % len(others)], precision, pool=pool)
-                again = bench.encode(windows, precision, pool=pool)
-                changed += not _same(first, again)
-            finite = all(np.isfinite(out).all() for out in first)
-            name = f"{precision} {pool} x {bench.sizes.repeats}"
-            found.append({"name": name, "changed": changed, "passed": finite and not changed})
+        for pool in POOLED:
+            outcome = attempted(lambda precision=precision, pool=pool: repeated(precision, pool))
+            found.append({"name": f"{precision} {pool} x {bench.sizes.repeats}", **outcome})
     return found
 
 
@@ -223,19 +249,27 @@ def graphs(bench: Bench) -> list[dict[str, Any]]:
         "ragged": bench.mix(bench.sizes.sequences * bench.tokens // 2),
         "one window": list(bench.windows(1)),
     }
-    for precision in ("float32", *bench.precisions):
+
+    def compared(precision: str, windows: Any, pool: Pool) -> dict[str, Any]:
         encoder: Any = bench.model._engine(precision).encoder
+        captured = encoder.captured
+        with_graph = bench.encode(windows, precision, pool=pool)
+        encoder.captured = False
+        try:
+            without = bench.encode(windows, precision, pool=pool)
+        finally:
+            encoder.captured = captured
+        return {"passed": _same(with_graph, without)}
+
+    for precision in ("float32", *bench.precisions):
         for name, windows in cases.items():
-            for pool in ("mean", "cls"):
-                captured = encoder.captured
-                with_graph = bench.encode(windows, precision, pool=pool)
-                encoder.captured = False
-                try:
-                    without = bench.encode(windows, precision, pool=pool)
-                finally:
-                    encoder.captured = captured
-                same = _same(with_graph, without)
-                found.append({"name": f"{precision} {name} {pool}", "passed": same})
+            for pool in POOLED:
+                outcome = attempted(
+                    lambda precision=precision, windows=windows, pool=pool: compared(
+                        precision, windows, pool
+                    )
+                )
+                found.append({"name": f"{precision} {name} {pool}", **outcome})
     return found
 
 
@@ -252,6 +286,7 @@ def ceilings(bench: Bench) -> dict[str, Any]:
     rows = bench.sizes.sequences * bench.tokens
     found: dict[str, Any] = {}
     found["bfloat16"] = _rates(bench, benchmarks.gemm_calls(config, rows, torch.bfloat16, device))
+    found["copy_bytes_per_s"] = copy_bandwidth(device, 4 * rows * config.embed_dim)
     flags = torch.backends.cuda.matmul
     before = flags.allow_tf32
     for name, allowed in (("tf32", True), ("float32", False)):
@@ -262,9 +297,7 @@ def ceilings(bench: Bench) -> dict[str, Any]:
         finally:
             flags.allow_tf32 = before
     if bench.has_float8:
-        found["fp8"] = _rates(bench, _float8_calls(config, rows, device))
-    size = 4 * rows * config.embed_dim
-    found["copy_bytes_per_s"] = copy_bandwidth(device, size)
+        found["fp8"] = attempted(lambda: _rates(bench, _float8_calls(config, rows, device)))
     return found
 
 
@@ -355,14 +388,15 @@ def instrumented(engine: Any, wrap: Callable[[str, Any], Any]) -> Iterator[None]
 
 def stack(bench: Bench) -> dict[str, Any]:
     """A judged micro-batch on the device, by operator; what no operator took is the products'."""
-    found = {}
-    for precision in bench.precisions:
+
+    def parts_of(precision: str) -> dict[str, Any]:
         engine, run = _device_run(bench, precision)
         whole = seconds(run, bench.device, bench.sizes.rounds)
         rounds = []
         for _ in range(bench.sizes.rounds + 1):
             watch = Stopwatch(bench.device)
             with instrumented(engine, watch.timed):
+                run_ahead(bench.device, 5 * AHEAD)  # 170 launches one by one take some 7 ms
                 watch.timed("all", run)()
             rounds.append(watch.totals())
         parts = {
@@ -371,7 +405,7 @@ def stack(bench: Bench) -> dict[str, Any]:
         }
         parts["products"] = parts["all"] - sum(parts[name] for name in OPERATORS)
         channels = bench.windows_a_batch * bench.sizes.channels
-        found[precision] = {
+        return {
             "seconds": whole,
             "seconds_by_launch": parts,
             "shares": {
@@ -380,7 +414,11 @@ def stack(bench: Bench) -> dict[str, Any]:
             "light_share": sum(parts[name] for name in LIGHT) / parts["all"],
             "channel_windows_per_s": channels / whole,
         }
-    return found
+
+    return {
+        precision: attempted(lambda precision=precision: parts_of(precision))
+        for precision in bench.precisions
+    }
 
 
 def _device_run(
@@ -400,7 +438,7 @@ def _device_run(
     return engine, run
 
 
-def tune(bench: Bench) -> dict[str, dict[str, float]]:
+def tune(bench: Bench) -> dict[str, dict[str, Any]]:
     """Times every choice of every kernel on the calls of judged micro-batches and keeps the fastest.
 
     Returns:
@@ -424,13 +462,16 @@ def tune(bench: Bench) -> dict[str, dict[str, float]]:
 
         return run
 
-    found = {}
-    for precision in bench.precisions:
-        pools: tuple[Pool, ...] = ("mean", "cls")
-        for pool in pools:
+    def record(precision: str) -> None:
+        for pool in POOLED:
             engine, run = _device_run(bench, precision, pool)
             with instrumented(engine, recorded):
                 run()
+
+    found: dict[str, dict[str, Any]] = {}
+    for precision in bench.precisions:
+        raised = attempted(lambda precision=precision: record(precision))
+        found |= {f"the calls of {precision}": raised} if raised else {}
     for (operator, case), (table, module, call) in calls.items():
 
         def timed(
@@ -491,21 +532,24 @@ def encode(bench: Bench) -> dict[str, Any]:
     """`encode` of page-locked float32 windows to pooled embeddings on the host, precisions in turn."""
     windows = bench.windows(bench.sizes.batches * bench.windows_a_batch)
     channels = len(windows) * bench.sizes.channels
-    calls: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: bench.encode(windows, name)) for name in bench.precisions
-    }
-    timings = benchmarks.interleave(calls, rounds=bench.sizes.rounds)
     few = windows[: max(1, 32 // bench.sizes.channels)]
-    exact = torch.from_numpy(bench.encode(few, "float32", pool="patch"))
-    found = {}
-    for name, timing in timings.items():
-        got = torch.from_numpy(bench.encode(few, name, pool="patch"))
-        cosine = F.cosine_similarity(exact.double(), got.double(), dim=-1)
-        found[name] = {
+    exact = torch.from_numpy(bench.encode(few, "float32", pool="patch")).double()
+
+    def compared(name: str) -> dict[str, Any]:
+        got = torch.from_numpy(bench.encode(few, name, pool="patch")).double()
+        cosine = F.cosine_similarity(exact, got, dim=-1)
+        return {"mean_cosine": float(cosine.mean()), "worst_cosine": float(cosine.min())}
+
+    found = {name: attempted(lambda name=name: compared(name)) for name in bench.precisions}
+    calls: dict[str, Callable[[], object]] = {
+        name: (lambda name=name: bench.encode(windows, name))
+        for name in bench.precisions
+        if "raised" not in found[name]
+    }
+    for name, timing in benchmarks.interleave(calls, rounds=bench.sizes.rounds).items():
+        found[name] |= {
             **timing.as_dict(),
             "channel_windows_per_s": channels / timing.median,
-            "mean_cosine": float(cosine.mean()),
-            "worst_cosine": float(cosine.min()),
         }
     return found
 
@@ -536,17 +580,21 @@ def latency(bench: Bench) -> dict[str, Any]:
     """One window of three channels, host to host."""
     shape = (3, bench.sizes.samples)
     window = bench.rng.standard_normal(shape, dtype=np.float32)
-    found = {}
-    for precision in ("float32", *bench.precisions):
+
+    def quantiles(precision: str) -> dict[str, float]:
         taken = []
         for i in range(bench.sizes.latency_rounds + 10):
             start = time.perf_counter()
             bench.model.encode_unit([window], precision=precision)
             if i >= 10:
                 taken.append(time.perf_counter() - start)
-        quantiles = np.quantile(taken, [0.5, 0.95])
-        found[precision] = {"median_s": float(quantiles[0]), "p95_s": float(quantiles[1])}
-    return found
+        median, late = np.quantile(taken, [0.5, 0.95])
+        return {"median_s": float(median), "p95_s": float(late)}
+
+    return {
+        precision: attempted(lambda precision=precision: quantiles(precision))
+        for precision in ("float32", *bench.precisions)
+    }
 
 
 def memory(bench: Bench) -> dict[str, Any]:

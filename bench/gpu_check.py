@@ -13,16 +13,19 @@ holds that to its limits, says that nothing was run, and exits 0; a failure anyw
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,9 @@ def compile_part() -> tuple[list[Found], list[str]]:
     except FileNotFoundError as error:
         print(f"CUDA kernels: not compiled, {error}")
         return [], []
+    except subprocess.CalledProcessError as error:
+        said = str(error.stderr or error).strip().splitlines()
+        return [], [f"csrc/cuda: {said[-1]}"]
     print(f"{'kernel':52}{'arch':>8}{'registers':>11}{'spills':>8}{'shared':>8}")
     wrong = []
     for kernel in report:
@@ -117,6 +123,7 @@ def checked(record: Record, checks: list[tuple[str, cuda_checks.Check]]) -> None
             result: Found = {"name": name, **run()}
             result["passed"] = bool(result["error"] <= result["bound"] and result["stable"])
         except Exception as error:
+            traceback.print_exc()
             result = {"name": name, "raised": f"{type(error).__name__}: {error}", "passed": False}
             if " cupy " in name and importlib.util.find_spec("cupy") is None:
                 result |= {"skipped": "CuPy is not installed", "passed": True}
@@ -126,8 +133,6 @@ def checked(record: Record, checks: list[tuple[str, cuda_checks.Check]]) -> None
 
 def guarded(record: Record, bench: Any, steps: Mapping[str, Callable[[Any], Any]]) -> None:
     """Every step's result; one that raises does not hide the others."""
-    import traceback
-
     for name, step in steps.items():
         start = time.perf_counter()
         try:
@@ -171,6 +176,7 @@ def _kernel_timings(bench: Any) -> list[Found]:
         try:
             found += module.timings(device=bench.device)
         except Exception as error:
+            traceback.print_exc()
             found.append({"name": name, "raised": f"{type(error).__name__}: {error}"})
     return found
 
@@ -258,16 +264,37 @@ def in_a_process(name: str, limit: int, options: list[str]) -> tuple[Found, str 
             str(part),
         ]
         ended = None
-        try:
-            run = subprocess.run(
-                [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=limit
+        # A file and not a pipe: compilers that outlive their process would hold a pipe open. A group
+        # of its own, so that they end with it.
+        errors = Path(folder) / "errors.txt"
+        with errors.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, *options],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                process_group=0,
             )
-            if run.returncode:
-                last = (run.stderr.strip() or f"exit {run.returncode}").splitlines()[-1]
-                ended = f"{name} ended early: {last}"
-        except subprocess.TimeoutExpired:
-            ended = f"{name} took more than {limit} s and was ended"
-        return (json.loads(part.read_text()) if part.exists() else {}), ended
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                ended = f"{name} took more than {limit} s and was ended"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said = errors.read_text(errors="replace")[-KEPT_ERRORS:].strip()
+        if process.returncode and ended is None:
+            last = (said or f"exit {process.returncode}").splitlines()[-1]
+            ended = f"{name} ended early: {last}"
+        found: Found = json.loads(part.read_text()) if part.exists() else {}
+        if said and (ended or any(failures(name, found))):
+            found["stderr"] = said
+        return found, ended
+
+
+KEPT_ERRORS = 20_000
+"""Characters of what a section printed on standard error that its part of the report keeps."""
 
 
 def failures(name: str, part: Found) -> Iterator[str]:
@@ -278,6 +305,9 @@ def failures(name: str, part: Found) -> Iterator[str]:
         for row in result if isinstance(result, list) else []:
             if isinstance(row, dict) and not row.get("passed", "raised" not in row):
                 yield f"{name}: {row}"
+        for key, value in result.items() if isinstance(result, dict) else []:
+            if isinstance(value, dict) and "raised" in value:
+                yield f"{name}: {step} {key} raised: {value['raised']}"
 
 
 # --- what was to be reached -------------------------------------------------------------------------
@@ -388,9 +418,11 @@ def judged(parts: Found) -> list[Found]:
 def rows_of(parts: Found) -> dict[str, Found]:
     """Rates by engine, as `bench.chart` draws them; ratios to the compiled reference."""
     fast, baselines = parts.get("fast", {}), parts.get("baselines", {})
-    rates = {f"encode {k}": v["channel_windows_per_s"] for k, v in fast.get("encode", {}).items()}
-    rates |= {
-        f"layer stack {k}": v["channel_windows_per_s"] for k, v in fast.get("stack", {}).items()
+    rates = {
+        f"{text} {precision}": found["channel_windows_per_s"]
+        for step, text in (("encode", "encode"), ("stack", "layer stack"))
+        for precision, found in fast.get(step, {}).items()
+        if "raised" not in found
     }
     names = {
         "compiled_reference": "reference, bfloat16, max-autotune",
@@ -412,6 +444,8 @@ def print_report(parts: Found, goals: list[Found]) -> None:
     """Ceilings, kernels, shares and goals as aligned text."""
     fast = parts.get("fast", {})
     for name, found in fast.get("ceilings", {}).items():
+        if isinstance(found, dict) and "raised" in found:
+            continue
         if isinstance(found, dict):
             rates = ", ".join(f"{k} {v / 1e12:.0f}" for k, v in found["flops_per_s"].items())
             print(f"ceiling {name:12}{found['ceiling'] / 1e12:8.0f} TFLOP/s  ({rates})")
@@ -424,6 +458,8 @@ def print_report(parts: Found, goals: list[Found]) -> None:
         )
         print(f"{row['name']:60}{1e6 * row.get('seconds', float('nan')):10.1f} us  {text}")
     for precision, found in fast.get("stack", {}).items():
+        if "raised" in found:
+            continue
         shares = ", ".join(f"{k} {v:.1%}" for k, v in found["shares"].items())
         print(f"stack {precision}: {1e3 * found['seconds']:.2f} ms; {shares}")
     for name, row in rows_of(parts).items():
@@ -461,8 +497,18 @@ def default_output(device: str | None, date: str) -> Path:
     return ROOT / "bench" / "results" / f"{name}-{date}.json"
 
 
-def check_device(found: Found, output: Path, options: list[str], *, tune: bool) -> list[str]:
-    """Runs every section, adding to ``found`` and to the file as each ends; returns what is wrong."""
+def check_device(
+    found: Found,
+    output: Path,
+    options: list[str],
+    *,
+    tune: bool,
+    compilers: Iterable[Future[Any]] = (),
+) -> list[str]:
+    """Runs every section, adding to ``found`` and to the file as each ends; returns what is wrong.
+
+    What is timed waits for ``compilers``, which take every core.
+    """
     wrong: list[str] = []
     parts: Found = found.setdefault("sections", {})
 
@@ -474,7 +520,7 @@ def check_device(found: Found, output: Path, options: list[str], *, tune: bool) 
         passed = f"{sum(r['passed'] for r in checks)} of {len(checks)} checks passed, "
         seconds = time.perf_counter() - started
         print(f"{name}: {passed if checks else ''}{len(lines)} wrong, {seconds:.0f} s", flush=True)
-        for line in lines:
+        for line in [*lines, *part.get("stderr", "").splitlines()[-20:]]:
             print(f"    {line}", flush=True)
         found["goals"], found["wrong"] = judged(parts), wrong
         found["rows"] = rows_of(parts)
@@ -491,6 +537,7 @@ def check_device(found: Found, output: Path, options: list[str], *, tune: bool) 
         }
         for done in as_completed(running):
             keep(running[done], *done.result())
+    wait(compilers)
     for name, section in every.items():
         if section.alone and (tune or name != "tune"):
             keep(name, *in_a_process(name, section.limit, options))
@@ -531,7 +578,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("no GPU here: the kernels were not run")
         else:
             quick = ["--quick"] if options.quick else []
-            wrong += check_device(found, output, quick, tune=options.tune)
+            wrong += check_device(found, output, quick, tune=options.tune, compilers=(nvcc, triton))
         (found["compiled"], spilled), (found["triton"], narrow) = nvcc.result(), triton.result()
     wrong += spilled + narrow
     found["wrong"] = wrong

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import chart, encoder_gpu, gpu_check, kernel_report
+from bench.kernels import measure
 from normwear_fast import NormWearConfig, backends, operators
 from normwear_fast.gpu import FLOAT8_MAX, GpuEncoder
 from normwear_fast.kernels import bias_gelu, tuning
@@ -129,6 +134,58 @@ def test_a_step_that_raises_hides_nothing(bench, monkeypatch, tmp_path) -> None:
     assert len(part["graphs"]) == 18
 
 
+def test_a_precision_that_raises_hides_no_other(bench, monkeypatch, tmp_path) -> None:
+    """fp8's products refused, as by a library that lacks them: bfloat16 is checked and timed."""
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("not supported")
+
+    monkeypatch.setattr("normwear_fast.gpu.scaled_product", refused)
+    monkeypatch.setattr(encoder_gpu, "scaled_product", refused)
+    monkeypatch.setattr(kernel_report, "operators", dict)
+    parts = {}
+    for name in ("right", "fast"):
+        gpu_check.work(name, tmp_path / f"{name}.json", bench)
+        parts[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        lines = list(gpu_check.failures(name, parts[name]))
+        assert lines
+        assert all("fp8" in line and "RuntimeError: not supported" in line for line in lines)
+    for step in ("goldens", "repetition", "graphs"):
+        passed = {row["name"]: row["passed"] for row in parts["right"][step]}
+        assert all(ok == ("fp8" not in name) for name, ok in passed.items()), passed
+    for step in ("encode", "stack", "latency"):
+        assert set(parts["fast"][step]["fp8"]) == {"raised", "passed"}
+    values = {goal["name"]: goal["value"] for goal in gpu_check.judged(parts)}
+    assert values["bfloat16 encode, of the GEMM ceiling"] > 0
+    assert values["fp8 over bfloat16"] is None
+    assert set(gpu_check.rows_of(parts)) == {"encode bfloat16", "layer stack bfloat16"}
+    gpu_check.print_report(parts, gpu_check.judged(parts))
+
+
+def test_launches_are_not_timed(monkeypatch) -> None:
+    """The device is kept waiting before every start of the clock, while the host launches."""
+    steps: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            steps.append("event")
+
+        def synchronize(self) -> None:
+            steps.append("wait")
+
+        def elapsed_time(self, other: Any) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: steps.append("sleep"))
+    gpu: Any = SimpleNamespace(type="cuda")
+    assert measure.seconds(lambda: steps.append("run"), gpu, 2) == 2e-3
+    assert steps == ["run", "run"] + ["sleep", "event", "run", "event", "wait"] * 2
+
+
 def test_changing_bits_are_seen(bench, monkeypatch) -> None:
     attention = operators.channel_attention
 
@@ -224,6 +281,52 @@ def test_a_process_and_its_time_limit() -> None:
     part, ended = gpu_check.in_a_process("memory", 0.01, [])
     assert part == {}
     assert ended == "memory took more than 0.01 s and was ended"
+
+
+def test_what_a_section_said_is_kept_where_it_failed(tmp_path, monkeypatch) -> None:
+    """Its whole standard error, for a run to see a traceback costs minutes. What it started ends too."""
+    started = tmp_path / "started"
+    script = tmp_path / "section"
+    script.write_text(
+        f"#!/bin/sh\nsleep 60 &\necho $! > {started}\necho why >&2\necho RuntimeError: no >&2\nexit 3\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(script))
+    part, ended = gpu_check.in_a_process("right", 20, [])
+    assert ended == "right ended early: RuntimeError: no"
+    assert part == {"stderr": "why\nRuntimeError: no"}
+    for _ in range(100):
+        if not alive(int(started.read_text())):
+            return
+        time.sleep(0.1)
+    pytest.fail("what the section started is still there")
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_is_timed_waits_for_the_compilers(monkeypatch, tmp_path) -> None:
+    compiling: Future[None] = Future()
+    order: list[str] = []
+
+    def process(name: str, limit: int, options: list[str]) -> tuple[dict[str, Any], str | None]:
+        order.append(name if compiling.done() else f"{name} beside the compilers")
+        return {}, None
+
+    def compiled() -> None:
+        order.append("compiled")
+        compiling.set_result(None)
+
+    monkeypatch.setattr(gpu_check, "in_a_process", process)
+    timer = Timer(0.5, compiled)
+    timer.start()
+    gpu_check.check_device({}, tmp_path / "r.json", [], tune=False, compilers=(compiling,))
+    timer.join()
+    assert order[order.index("compiled") + 1 :] == ["right", "fast", "memory", "baselines"]
 
 
 def test_every_section_is_kept_as_it_ends(monkeypatch, tmp_path) -> None:
