@@ -38,6 +38,7 @@ INSTRUCTION_SETS = {
     "avx2": AVX2,
     "avx512": AVX2 + AVX512,
     "avx512bf16": [*AVX2, *AVX512, "-mavx512bf16"],
+    "amx": [*AVX2, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 # A100, H100 and H200, B200; PTX of the last for what comes after it.
@@ -190,12 +191,13 @@ class BuildNative(build_ext):
             ldflags=shlex.join(link).replace("$", "$$"),
         )
         x86 = compiles(self.cxx, [*CXXFLAGS, *INSTRUCTION_SETS["avx512bf16"]])
+        amx = x86 and compiles(self.cxx, [*CXXFLAGS, *INSTRUCTION_SETS["amx"]])
         objects = []
         for source in ext.sources:
-            extra = ["-DNORMWEAR_X86"] if x86 else []
+            extra = ["-DNORMWEAR_X86"] * x86 + ["-DNORMWEAR_AMX"] * amx
             name = Path(source).stem.removeprefix("kernels_")
             if name in INSTRUCTION_SETS and source.startswith("csrc/cpu/kernels_"):
-                extra += KERNELS + (INSTRUCTION_SETS[name] if x86 else [])
+                extra += KERNELS + (INSTRUCTION_SETS[name] if (amx if name == "amx" else x86) else [])
             objects.append(ninja_path(folder / f"{source}.o"))
             text += f"build {objects[-1]}: compile {ninja_path(ROOT / source)}\n"
             text += f"  extra = {shlex.join(extra)}\n"

@@ -4,8 +4,8 @@ The products are ours too: weights are packed once for the processor's instructi
 stays in cache from one product to the next, and a row's result depends on that row alone, whatever the
 micro-batch or the number of threads. docs/native-engine.md has the measurements behind each choice.
 
-``NORMWEAR_FAST_ISA`` forces an instruction set: ``portable``, ``avx2``, ``avx512`` or ``avx512bf16``.
-Otherwise the best one runs, but ``avx512bf16`` only where its products pay (`bfloat16_gain`).
+``NORMWEAR_FAST_ISA`` forces an instruction set: ``portable``, ``avx2``, ``avx512``, ``avx512bf16`` or
+``amx``. Otherwise the best one runs, but ``avx512bf16`` only where its products pay (`bfloat16_gain`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from normwear_fast.operators import Pool, Tokenizer
 from normwear_fast.packing import Layout, Segments
 from normwear_fast.wavelets import ScalogramMethod, wavelet_bank
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
-"""Best first. ``avx512`` includes VNNI; ``avx2`` includes FMA."""
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
+"""Best first. ``amx`` is the tile unit with bfloat16 and int8, whose float32 is three bfloat16 a value and
+as exact; ``avx512`` includes VNNI; ``avx2`` includes FMA."""
 
 OPERANDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 """Precisions the products know, as csrc/cpu/kernels.h numbers them."""

@@ -327,7 +327,7 @@ def test_a_row_depends_on_itself_alone(name, precision, rng):
 
 @pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
 def test_a_chunk_that_cuts_a_packing_step_is_refused():
-    with pytest.raises(ValueError, match="multiple of 16"):
+    with pytest.raises(ValueError, match="multiple of 64"):
         native.pack(kernels("portable"), torch.zeros(8, 100), native.OPERANDS["int8"], 50)
 
 

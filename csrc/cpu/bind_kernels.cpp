@@ -71,9 +71,8 @@ const Packed& of(const Matrix& m, const Kernels& set) {
 std::unique_ptr<Matrix> pack(const Kernels& set, uintptr_t weight, int64_t n, int64_t k, int64_t stride, int operand,
                              int64_t chunk, int threads) {
     const auto op = static_cast<Operand>(operand);
-    const int64_t per_word = op == Operand::int8 ? 4 : op == Operand::bfloat16 ? 2 : 1;
-    const int64_t words = ((k + per_word - 1) / per_word + 3) / 4 * 4, panels = (n + set.lanes - 1) / set.lanes;
-    if (chunk < 1 || (chunk < k && chunk % 16)) throw std::invalid_argument("a chunk must be a multiple of 16");
+    const int64_t words = set.packed_words(op, k), panels = (n + set.lanes - 1) / set.lanes;
+    if (chunk < 1 || (chunk < k && chunk % 64)) throw std::invalid_argument("a chunk must be a multiple of 64");
     auto m = std::make_unique<Matrix>();
     m->set = &set;
     m->data = aligned<std::uint32_t>(panels * words * set.lanes);

@@ -4,7 +4,14 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <sys/mman.h>
 #include <new>
+
+#if defined(NORMWEAR_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "parallel.h"
 
@@ -15,6 +22,33 @@ namespace portable { const Kernels& table(); }
 namespace avx2 { const Kernels& table(); }
 namespace avx512 { const Kernels& table(); }
 namespace avx512bf16 { const Kernels& table(); }
+#ifdef NORMWEAR_AMX  // set where it takes those of kernels_amx.cpp too
+namespace amx { const Kernels& table(); }
+#endif
+#endif
+
+#ifdef NORMWEAR_AMX
+
+namespace {
+
+// Whether the processor has the tile unit with bfloat16 and int8, and the system lets this process use it: Linux
+// wants to be asked, for its signal frames grow by 8 KB.
+bool tiles_allowed() {
+#ifdef NORMWEAR_EMULATE_TILES
+    return true;
+#elif defined(__linux__)
+    unsigned a, b, c, d;
+    constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bfloat16 | tile | int8;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
 #endif
 
 const Kernels* kernels(const char* name) {
@@ -24,9 +58,12 @@ const Kernels* kernels(const char* name) {
     const bool vnni = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
-    if (std::strcmp(name, "avx512bf16") == 0) {
-        return vnni && __builtin_cpu_supports("avx512bf16") ? &avx512bf16::table() : nullptr;
-    }
+    const bool bfloat16 = vnni && __builtin_cpu_supports("avx512bf16");
+#ifdef NORMWEAR_AMX
+    static const bool tiles = bfloat16 && tiles_allowed();
+    if (std::strcmp(name, "amx") == 0) return tiles ? &amx::table() : nullptr;
+#endif
+    if (std::strcmp(name, "avx512bf16") == 0) return bfloat16 ? &avx512bf16::table() : nullptr;
     if (std::strcmp(name, "avx512") == 0) return vnni ? &avx512::table() : nullptr;
     if (std::strcmp(name, "avx2") == 0) return fma ? &avx2::table() : nullptr;
 #endif
@@ -53,9 +90,11 @@ void* scratch(int slot, std::int64_t bytes) {
     if (mine.bytes[slot] < bytes) {
         std::free(mine.data[slot]);
         mine.bytes[slot] = 0;
-        const std::size_t rounded = (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
-        mine.data[slot] = std::aligned_alloc(64, rounded);
+        const std::size_t al = bytes >= (128 << 10) ? 2 << 20 : 64;
+        const std::size_t rounded = (static_cast<std::size_t>(bytes) + al - 1) / al * al;
+        mine.data[slot] = std::aligned_alloc(al, rounded);
         if (!mine.data[slot]) throw std::bad_alloc();
+        if (al > 64) madvise(mine.data[slot], rounded, MADV_HUGEPAGE);
         mine.bytes[slot] = bytes;
     }
     return mine.data[slot];

@@ -11,14 +11,14 @@ enum class Type : int { float32 = 0, bfloat16 = 1 };
 // What a matrix product multiplies; sums are float32, or exact int32 for int8.
 enum class Operand : int { float32 = 0, bfloat16 = 1, int8 = 2 };
 
-// A weight matrix (n, k) as its instruction set wants it: panels of `lanes` outputs, in them one
-// 32-bit word (1 float32, 2 bfloat16 or 4 int8) a step of k and output.
+// A weight matrix (n, k) as its instruction set wants it: panels of `lanes` outputs, in them 32-bit words of
+// every output (1 float32, 2 bfloat16 or 4 int8; on the tile unit a float32 is three bfloat16).
 struct Packed {
     Operand operand;
     std::int64_t n, k;
-    std::int64_t words;    // 32-bit words of k, padded to a multiple of 4
+    std::int64_t words;    // of an output: what packed_words says of k
     std::int64_t panels;   // of outputs
-    std::int64_t chunk;    // int8: columns that share one activation scale a row, a multiple of 16; or k
+    std::int64_t chunk;    // int8: columns that share one activation scale a row, a multiple of 64; or k
     const std::uint32_t* data;
     const float* scale;    // int8: (panels * lanes) of each output
     const float* sums;     // int8: (chunks, panels * lanes), scale times the sum of each chunk's weights
@@ -107,6 +107,7 @@ struct Kernels {
     std::int64_t lanes;      // outputs of a panel
     int largest_weight;      // of int8: what no product of the set's instructions saturates at
     bool native_bfloat16;    // the instruction set multiplies bfloat16 by itself
+    std::int64_t (*packed_words)(Operand, std::int64_t k);
     void (*pack)(const float* weight, std::int64_t stride, std::uint32_t* data, float* scale,
                  float* sums, const Packed& shape, int threads);
     void (*linear)(const LinearArguments&, int threads);
@@ -120,7 +121,7 @@ struct Kernels {
 };
 
 // By name, or null where this build or this processor does not have it: portable, avx2, avx512 (with
-// VNNI), avx512bf16.
+// VNNI), avx512bf16, amx (with all of that).
 const Kernels* kernels(const char* name);
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next use; slots do not overlap.

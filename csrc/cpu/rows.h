@@ -1,0 +1,111 @@
+// Rows of activations: reading and writing them as float32, and what is done to a row in cache.
+#pragma once
+
+#include "vectors.h"
+
+namespace normwear {
+namespace NORMWEAR_ISA {
+namespace {
+
+// A row of any type as float32.
+void read_row(const View& v, int64_t row, int64_t n, float* out) {
+    int64_t i = 0;
+    if (v.type == Type::float32) {
+        memcpy(out, static_cast<const float*>(v.data) + row * v.stride, n * sizeof(float));
+        return;
+    }
+    const uint16_t* x = static_cast<const uint16_t*>(v.data) + row * v.stride;
+    for (; i + WIDTH <= n; i += WIDTH) store(out + i, load_bfloat16(x + i));
+    for (; i < n; ++i) out[i] = from_bfloat16(x[i]);
+}
+
+void write_row(const View& v, int64_t row, int64_t n, const float* x) {
+    int64_t i = 0;
+    if (v.type == Type::float32) {
+        memcpy(static_cast<float*>(v.data) + row * v.stride, x, n * sizeof(float));
+        return;
+    }
+    uint16_t* out = static_cast<uint16_t*>(v.data) + row * v.stride;
+    for (; i + WIDTH <= n; i += WIDTH) store_bfloat16(out + i, load<vf>(x + i));
+    for (; i < n; ++i) out[i] = to_bfloat16(x[i]);
+}
+
+void bias_gelu_row(float* x, const float* bias, int64_t n) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store(x + i, gelu_vector(load<vf>(x + i) + load<vf>(bias + i)));
+    if (i < n) {
+        float rest[WIDTH] = {};
+        for (int64_t j = i; j < n; ++j) rest[j - i] = x[j] + bias[j];
+        store(rest, gelu_vector(load<vf>(rest)));
+        memcpy(x + i, rest, (n - i) * sizeof(float));
+    }
+}
+
+// x = x (+ carried), to zero mean and unit variance; two passes over a row that is in the first cache.
+void standardise_row(float* x, const float* carried, float eps, int64_t n) {
+    vf sum[4] = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= n; i += 4 * WIDTH) {
+        for (int j = 0; j < 4; ++j) {
+            vf v = load<vf>(x + i + j * WIDTH);
+            if (carried) store(x + i + j * WIDTH, v = v + load<vf>(carried + i + j * WIDTH));
+            sum[j] += v;
+        }
+    }
+    const int64_t whole = i;
+    for (; i < n; ++i) {
+        if (carried) x[i] += carried[i];
+        rest += x[i];
+    }
+    const float mean = (sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) / static_cast<float>(n);
+    vf square[4] = {};
+    rest = 0;
+    for (i = 0; i < whole; i += 4 * WIDTH) {
+        for (int j = 0; j < 4; ++j) {
+            const vf d = load<vf>(x + i + j * WIDTH) - mean;
+            square[j] += d * d;
+        }
+    }
+    for (; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
+    const float variance =
+        (sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + rest) / static_cast<float>(n);
+    const float inverse = 1.0f / __builtin_sqrtf(variance + eps);
+    for (i = 0; i + WIDTH <= n; i += WIDTH) store(x + i, (load<vf>(x + i) - mean) * inverse);
+    for (; i < n; ++i) x[i] = (x[i] - mean) * inverse;
+}
+
+// x ~ scale * q + offset with q in 0..255: the whole range of the row, affine.
+void quantise_row(const float* x, int64_t n, uint8_t* q, float* scale, float* offset) {
+    vf low = broadcast(x[0]), high = low;
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vf v = load<vf>(x + i);
+        low = minimum(low, v);
+        high = maximum(high, v);
+    }
+    float smallest = -largest_lane(-low), largest = largest_lane(high);
+    for (int64_t j = i; j < n; ++j) {
+        smallest = x[j] < smallest ? x[j] : smallest;
+        largest = x[j] > largest ? x[j] : largest;
+    }
+    const float step = (largest - smallest) / 255.0f;
+    const float inverse = step > 0 ? 1.0f / step : 0.0f;
+    *scale = step;
+    *offset = smallest;
+    const vf magic = broadcast(12582912.0f);  // its low byte is the nearest integer
+    for (i = 0; i + WIDTH <= n; i += WIDTH) {
+        const vf t = (load<vf>(x + i) - smallest) * inverse + magic;
+        vi v = as_int(t) - as_int(magic);
+        v = v > 255 ? vi{} + 255 : v;
+        store(q + i, __builtin_convertvector((vu)v, vb));
+    }
+    for (; i < n; ++i) {
+        const float t = (x[i] - smallest) * inverse;
+        q[i] = static_cast<uint8_t>(t >= 254.5f ? 255 : __builtin_rintf(t));
+    }
+}
+
+}  // namespace
+}  // namespace NORMWEAR_ISA
+}  // namespace normwear

@@ -1,0 +1,190 @@
+// The tokenizer: series to wavelets to patches, a block of patches in cache at a time.
+#pragma once
+
+#include "layers.h"
+
+namespace normwear {
+namespace NORMWEAR_ISA {
+namespace {
+
+// Five scales by RV vectors of rows are as many sums as the registers hold.
+#if defined(__AVX512F__)
+constexpr int RV = 5;
+#else
+constexpr int RV = 2;
+#endif
+constexpr int SCALES_AT_ONCE = 5;
+
+// y (S, RV * WIDTH): S filters of `scales` interleaved ones over successive rows of a series.
+template <int S>
+__attribute__((noinline)) void filter(const float* series, const float* taps, int64_t scales, int64_t count, float* y) {
+    vf acc[S][RV] = {};
+    for (int64_t k = 0; k < count; ++k) {
+        vf x[RV];
+#pragma GCC unroll 8
+        for (int r = 0; r < RV; ++r) x[r] = load<vf>(series + k + r * WIDTH);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+            const float tap = taps[k * scales + s];
+#pragma GCC unroll 8
+            for (int r = 0; r < RV; ++r) acc[s][r] += tap * x[r];
+        }
+    }
+    for (int s = 0; s < S; ++s) {
+        for (int r = 0; r < RV; ++r) store(y + (s * RV + r) * WIDTH, acc[s][r]);
+    }
+}
+
+void filter_scales(int64_t count, const float* series, const float* taps, int64_t scales, int64_t length, float* y) {
+    switch (count) {
+        case 1: return filter<1>(series, taps, scales, length, y);
+        case 2: return filter<2>(series, taps, scales, length, y);
+        case 3: return filter<3>(series, taps, scales, length, y);
+        case 4: return filter<4>(series, taps, scales, length, y);
+        default: return filter<5>(series, taps, scales, length, y);
+    }
+}
+
+// Differences of x (L,), of the given order, at first .. first + count of 0 .. L - 3; zeros outside.
+void differences(const float* x, int64_t length, int order, int64_t first, int64_t count, float* out) {
+    for (int64_t j = 0; j < count; ++j) {
+        const int64_t n = first + j;
+        if (n < 0 || n >= length - 2) {
+            out[j] = 0;
+        } else {
+            const float newer = x[n + 2] - x[n + 1], older = x[n + 1] - x[n];
+            out[j] = order == 0 ? x[n + 2] : order == 1 ? newer : newer - older;
+        }
+    }
+}
+
+// The tokens of a block's patches: block x weight^T + template. `starts` are where the rows go, in both.
+#if defined(NORMWEAR_TILES)
+
+void project(const Block& block, const Packed& w, const int64_t* starts, const float* rows_template, float* residual) {
+    const int64_t steps = block.words / (16 * PARTS<Operand::float32>), tiles = ceil_div(block.rows, TALL);
+    float* sums = static_cast<float*>(scratch(SUMS, PAIR_SUMS * sizeof(float)));
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+        const int64_t first = tile * TALL, rows = least(2 * TALL, block.rows - first);
+        for (int64_t panel = 0; panel < w.panels; ++panel) {
+            const int64_t column = panel * LANES;
+            auto between = [&, i = int64_t{0}]() mutable {
+                for (const int64_t stop = least(i + 8, rows); i < stop; ++i) {
+                    for (int64_t j = 0; j < LANES; j += 16) {
+                        __builtin_prefetch(residual + starts[first + i] + column + j, 1);
+                        __builtin_prefetch(rows_template + starts[first + i] + column + j);
+                    }
+                }
+            };
+            multiply_pair<Operand::float32>(tiles - tile, block.tile(first), TALL * block.words,
+                                            w.data + panel * w.words * LANES, steps, sums, true, between);
+            for (int64_t i = 0; i < rows; ++i) {
+                const float* x = sums_of(sums, i);
+                for (int v = 0; v < 2; ++v) {
+                    const int64_t at = starts[first + i] + column + 16 * v;
+                    const __mmask16 mask = first_lanes(w.n - column - 16 * v);
+                    const vf y = load<vf>(x + v * TILE_WORDS) + (vf)_mm512_maskz_loadu_ps(mask, rows_template + at);
+                    _mm512_mask_storeu_ps(residual + at, mask, (__m512)y);
+                }
+            }
+        }
+    }
+}
+
+#else
+
+void project(const Block& block, const Packed& w, const int64_t* starts, const float* rows_template, float* residual) {
+    vf sums[TALL * NV];
+    // A tile's rows are written whole before the next tile: templates and rows stream through once.
+    for (int64_t first = 0; first < block.rows; first += TALL) {
+        const int64_t m = least(TALL, block.rows - first), *start = starts + first;
+        for (int64_t panel = 0; panel < w.panels; ++panel) {
+            const int64_t column = panel * LANES, count = least(LANES, w.n - column);
+            for (int64_t i = 0; i < m; ++i) {
+                __builtin_prefetch(residual + start[i] + column, 1);
+                __builtin_prefetch(rows_template + start[i] + column);
+            }
+            multiply_tile<Operand::float32>(tile_rows(m), block.tile(first), w.data + panel * w.words * LANES, w.words / 4,
+                                            sums);
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t at = start[i] + column;
+                if (count == LANES) {
+                    for (int v = 0; v < NV; ++v) {
+                        store(residual + at + v * WIDTH, sums[NV * i + v] + load<vf>(rows_template + at + v * WIDTH));
+                    }
+                } else {
+                    float row[LANES];
+                    for (int v = 0; v < NV; ++v) store(row + v * WIDTH, sums[NV * i + v]);
+                    for (int64_t j = 0; j < count; ++j) residual[at + j] = row[j] + rows_template[at + j];
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+void tokenize(const TokenizeArguments& p, int threads) {
+    // Patch rows of a block: its scalogram, as the rows of the projection, is 400 KB at most.
+    const int64_t tile = RV * WIDTH, k_patch = p.weight.k, height = p.patch_rows, scales = p.patch_scales;
+    const int64_t step = k_patch / height;  // values of one scalogram row of a patch
+    const int64_t fitting = most(1, (400 << 10) / (p.columns * k_patch * 4));
+    int64_t longest = 0;
+    for (int64_t s = 0; s < p.sequences; ++s) longest = most(longest, (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns);
+    threads = cpu_team(threads, p.tokens[p.sequences] * p.width, 1 << 13);
+    const int64_t shares = threads > 1 ? ceil_div(2 * threads, p.sequences) : 1;
+    const int64_t parts = most(1, least(longest, most(ceil_div(longest, fitting), shares)));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t job = 0; job < p.sequences * parts; ++job) {
+        [[maybe_unused]] const Tiles tiles;
+        const int64_t s = job / parts, part = job % parts, entry = p.table[s];
+        const int64_t all = (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns;
+        const int64_t t_first = all * part / parts, t_count = all * (part + 1) / parts - t_first;
+        const float* x = p.series + p.samples[s];
+        const int64_t length = p.samples[s + 1] - p.samples[s], series = length - 2, padding = p.padding[entry];
+        const float* rows_template = p.templates[entry];
+        float* residual = p.residual + p.tokens[s] * p.width;
+        if (part == 0) memcpy(residual, rows_template, p.width * sizeof(float));
+        if (t_count == 0) continue;
+
+        const int64_t rows = t_count * p.columns, n_first = t_first * height, n_count = t_count * height;
+        float* patches = static_cast<float*>(scratch(PATCHES, rows * k_patch * sizeof(float)));
+        if (step > 3 * scales) memset(patches, 0, rows * k_patch * sizeof(float));
+        const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
+        void* bytes = scratch(BYTES, block.words * 4);
+        int64_t* starts = static_cast<int64_t*>(scratch(STARTS, rows * sizeof(int64_t)));
+        for (int64_t i = 0; i < rows; ++i) starts[i] = (1 + (t_first + i % t_count) * p.columns + i / t_count) * p.width;
+        int64_t last_tap = 0;
+        for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][3 * f + 1]);
+        const int64_t reach = ceil_div(n_count, tile) * tile + last_tap;
+        float* local = static_cast<float*>(scratch(SERIES, reach * sizeof(float)));
+        float y[SCALES_AT_ONCE * RV * WIDTH];
+        for (int order = 0; order < 3; ++order) {
+            differences(x, length, order, n_first - padding, reach, local);
+            for (int64_t f = 0; f < p.columns; ++f) {
+                const int64_t* span = p.spans[entry] + 3 * f;
+                for (int64_t r = 0; r < n_count; r += tile) {
+                    // Taps that meet samples, not only the zeros around them.
+                    const int64_t n = n_first + r;
+                    const int64_t k = most(span[0], padding - n - tile + 1);
+                    const int64_t stop = least(span[1], series + padding - n);
+                    for (int64_t scale = 0; scale < scales; scale += SCALES_AT_ONCE) {
+                        const int64_t count = least(SCALES_AT_ONCE, scales - scale);
+                        const float* taps = p.taps[entry] + span[2] + (k - span[0]) * scales + scale;
+                        filter_scales(count, local + r + k, taps, scales, most(0, stop - k), y);
+                        for (int64_t i = 0; i < count; ++i) {
+                            float* to = patches + f * t_count * k_patch + order * scales + scale + i;
+                            for (int64_t j = 0; j < least(tile, n_count - r); ++j) to[(r + j) * step] = y[i * tile + j];
+                        }
+                    }
+                }
+            }
+        }
+        for (int64_t i = 0; i < rows; ++i) pack_row<Operand::float32>(block, i, patches + i * k_patch, k_patch, bytes);
+        project(block, p.weight, starts, rows_template, residual);
+    }
+}
+
+}  // namespace
+}  // namespace NORMWEAR_ISA
+}  // namespace normwear
