@@ -7,6 +7,7 @@ the next norm adds in the same pass it standardises.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -70,26 +71,40 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
 
 
+_EXACT_LOCK = threading.Lock()
+_EXACT: dict[str, tuple[int, Any]] = {}
+"""Flag to how many runs hold it, one thread a device, and what the process had set before the first."""
+
+
 @contextmanager
 def exact_products(precision: str) -> Iterator[None]:
-    """float32 without TF32, bfloat16 without 16-bit partial sums, whatever the process has set."""
+    """float32 without TF32, bfloat16 without 16-bit partial sums, whatever the process has set.
+
+    The flags are the process's: of runs that overlap the last to end puts them back.
+    """
     flags: Any = torch.backends.cuda.matmul
-    name = "allow_bf16_reduced_precision_reduction"
-    values: dict[str, Any] = {name: False}
+    values: dict[str, Any] = {"allow_bf16_reduced_precision_reduction": False}
     if precision == "float32":
         try:
             _ = flags.allow_tf32
             values["allow_tf32"] = False
         except RuntimeError:  # the process uses the newer name, and torch refuses to mix the two
             values["fp32_precision"] = "ieee"
-    before = {name: getattr(flags, name) for name in values}
-    try:
+    with _EXACT_LOCK:
         for name, value in values.items():
+            held, before = _EXACT.get(name) or (0, getattr(flags, name))
             setattr(flags, name, value)
+            _EXACT[name] = held + 1, before
+    try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(flags, name, value)
+        with _EXACT_LOCK:
+            for name in values:
+                held, before = _EXACT.pop(name)
+                if held > 1:
+                    _EXACT[name] = held - 1, before
+                else:
+                    setattr(flags, name, before)
 
 
 class Workspace:

@@ -112,6 +112,24 @@ def test_exact_products_leave_the_process_as_it_was():
         flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
 
 
+def test_exact_products_of_two_devices_overlap():
+    """One thread a device: the first to end must not give the other reduced sums, nor leave them off."""
+    flags = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    before = getattr(flags, name)
+    try:
+        setattr(flags, name, True)
+        first, second = exact_products("bfloat16"), exact_products("float32")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not getattr(flags, name)
+        second.__exit__(None, None, None)
+        assert getattr(flags, name)
+    finally:
+        setattr(flags, name, before)
+
+
 def test_columns_quantise_to_their_whole_range():
     weight = torch.randn(40, 64) * torch.logspace(-6, 6, 40)[:, None]
     weight[3] = 0
