@@ -1,9 +1,10 @@
 """Puts what the benchmarks measured into `plan`'s table of devices: `python -m bench.devices`.
 
-Of every result file with a table of rows, the rows "FastNormWear PRECISION" (windows of 6 s) and of
-`bench.encode_overhead` the encode command's own rate become devices that are *measured*, with the
-file's date and name. The newest of a device and precision stays, and a measured device takes the place
-of a modelled one of its name. Nothing else in normwear_fast/devices.json is touched.
+Of every result file with a table of rows, the rows "FastNormWear PRECISION" and, of `bench.gpu_check`,
+"encode PRECISION" (windows of 6 s), and of `bench.encode_overhead` the encode command's own rate
+become devices that are *measured*, with the file's date and name. The newest of a device and precision
+stays, and a measured device takes the place of a modelled one of its name. Nothing else in
+normwear_fast/devices.json is touched.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
     config = NormWearConfig.base()
     rates: dict[str, list[float]] = {}
     for name, row in result.get("rows", {}).items():
-        match = re.fullmatch(r"FastNormWear (\w+)", name)
+        match = re.fullmatch(r"(?:FastNormWear|encode) (\w+)", name)
         if match and row.get("channel_windows_per_s"):
             rates[match[1]] = [row["channel_windows_per_s"]] * 2
     overhead = result.get("overhead")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import chart, encoder_gpu, gpu_check, kernel_report
+from bench import chart, devices, encoder_gpu, gpu_check, kernel_report
 from bench.kernels import measure
 from normwear_fast import NormWearConfig, backends, operators
 from normwear_fast.gpu import FLOAT8_MAX, GpuEncoder
@@ -344,6 +344,17 @@ def test_every_section_is_kept_as_it_ends(monkeypatch, tmp_path) -> None:
     assert set(written["sections"]) == set(gpu_check.sections()) - {"tune"}
     assert written["wrong"] == wrong
     assert all(goal["reached"] is None for goal in written["goals"])
+
+
+def test_a_report_becomes_a_device_of_plan(tmp_path) -> None:
+    rates = {"encode bfloat16": 4_500.0, "encode fp8": 6_000.0, "layer stack fp8": 7_000.0}
+    report = tmp_path / "a-gpu.json"
+    machine = gpu_check.machine() | {"gpu": "NVIDIA H100 80GB HBM3"}
+    rows = {name: {"channel_windows_per_s": rate} for name, rate in rates.items()}
+    gpu_check.write({"machine": machine, "rows": rows}, report)
+    found = {(d["name"], d["precision"]): d["flops_per_s"] for d in devices.measured(report)}
+    assert set(found) == {("H100", "bfloat16"), ("H100", "fp8")}
+    assert found["H100", "bfloat16"][0] == pytest.approx(4_500 * 107e9, rel=0.01)
 
 
 def test_result_names() -> None:
