@@ -222,7 +222,7 @@ def _baselines(record: Record, bench: Any) -> None:
 
 
 def sections() -> dict[str, Section]:
-    """In the order they run: those not alone side by side first."""
+    """Those not alone run side by side, those with most time first; others follow in this order."""
     files = sorted((ROOT / "bench" / "kernels").glob("*.py"))
     operators = [p.stem for p in files if "def checks(" in p.read_text()]
     return {
@@ -230,7 +230,7 @@ def sections() -> dict[str, Section]:
         "native": Section(_native, 180),
         "cuda": Section(_cuda, 180),
         "tune": Section(_tune, 240, alone=True),
-        "right": Section(_right, 150, alone=True),
+        "right": Section(_right, 240),
         "fast": Section(_fast, 240, alone=True),
         "memory": Section(_memory, 60, alone=True),
         "baselines": Section(_baselines, 300, alone=True),
@@ -528,18 +528,19 @@ def check_device(
 
     started = time.perf_counter()
     every = sections()
-    # Checks of different operators may share the device; four processes keep its compilers busy.
+    # What is right is not timed and may share the device; four processes keep its compilers busy. The
+    # encoder with choices just tuned comes after them, and alone.
+    beside = [name for name, s in every.items() if not s.alone and not (tune and name == "right")]
+    beside.sort(key=lambda name: -every[name].limit)
     with ThreadPoolExecutor(4) as pool:
         running = {
-            pool.submit(in_a_process, name, section.limit, options): name
-            for name, section in every.items()
-            if not section.alone
+            pool.submit(in_a_process, name, every[name].limit, options): name for name in beside
         }
         for done in as_completed(running):
             keep(running[done], *done.result())
     wait(compilers)
     for name, section in every.items():
-        if section.alone and (tune or name != "tune"):
+        if name not in beside and (tune or name != "tune"):
             keep(name, *in_a_process(name, section.limit, options))
     print_report(parts, found["goals"])
     return wrong

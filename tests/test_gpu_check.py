@@ -21,6 +21,7 @@ from bench.kernels import measure
 from normwear_fast import NormWearConfig, backends, operators
 from normwear_fast.gpu import FLOAT8_MAX, GpuEncoder
 from normwear_fast.kernels import bias_gelu, tuning
+from normwear_fast.kernels.tuning import Choice
 
 CPU = torch.device("cpu")
 SIZES = encoder_gpu.Sizes(
@@ -223,6 +224,13 @@ def test_tuning_takes_every_choice_in_turn(monkeypatch, tmp_path) -> None:
     assert len(refused) == 1  # the fused one: these operators have no such kernel
     kept = json.loads(path.read_text())
     assert set(kept) == set(found)
+    gpu: Any = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(tuning, "capability", lambda device: 80)
+    monkeypatch.setattr(tuning, "_device_path", lambda device: path)
+    for name in ("bias_gelu torch.bfloat16", "mlp bfloat16"):
+        operator, case = name.split(maxsplit=1)
+        table = {80: [Choice({"ROWS": 7}), Choice(**kept[name]["choice"]), Choice({"ROWS": 8})]}
+        assert dataclasses.asdict(tuning.pick(operator, case, table, gpu)) == kept[name]["choice"]
 
 
 # --- sections and their processes -------------------------------------------------------------------
@@ -249,13 +257,26 @@ def test_checks_are_judged(tmp_path) -> None:
 def test_every_operator_has_a_section() -> None:
     found = gpu_check.sections()
     assert set(kernel_report.operators()) <= set(found)
-    assert [name for name, section in found.items() if section.alone] == [
-        "tune",
-        "right",
-        "fast",
-        "memory",
-        "baselines",
-    ]
+    alone = [name for name, section in found.items() if section.alone]
+    assert alone == ["tune", "fast", "memory", "baselines"]
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_the_encoder_is_checked_with_the_choices_it_is_timed_with(
+    tune, monkeypatch, tmp_path
+) -> None:
+    order: list[str] = []
+
+    def process(name: str, limit: int, options: list[str]) -> tuple[dict[str, Any], str | None]:
+        order.append(name)
+        return {}, None
+
+    monkeypatch.setattr(gpu_check, "in_a_process", process)
+    gpu_check.check_device({}, tmp_path / "r.json", [], tune=tune)
+    last = ["tune", "right"] if tune else []
+    assert order[-len(last) - 3 :] == [*last, "fast", "memory", "baselines"]
+    assert order.count("right") == 1
+    assert tune or order.index("right") == 0
 
 
 def test_a_section_runs_its_operators_checks(monkeypatch, tmp_path) -> None:
@@ -326,7 +347,7 @@ def test_what_is_timed_waits_for_the_compilers(monkeypatch, tmp_path) -> None:
     timer.start()
     gpu_check.check_device({}, tmp_path / "r.json", [], tune=False, compilers=(compiling,))
     timer.join()
-    assert order[order.index("compiled") + 1 :] == ["right", "fast", "memory", "baselines"]
+    assert order[order.index("compiled") + 1 :] == ["fast", "memory", "baselines"]
 
 
 def test_every_section_is_kept_as_it_ends(monkeypatch, tmp_path) -> None:
