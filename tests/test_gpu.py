@@ -26,6 +26,7 @@ from normwear_fast.gpu import (
     bucket_rows,
     quantise_columns,
     scaled_product,
+    table_size,
 )
 from normwear_fast.packing import Layout, Segments, segment_tiles
 from normwear_fast.reference import ReferenceNormWear
@@ -47,6 +48,16 @@ def test_a_bucket_holds_its_tokens_and_at_most_a_quarter_more(tokens):
 
 def test_a_full_budget_is_a_bucket():
     assert bucket_rows(131_072) == bucket_rows(131_040) == 131_072
+
+
+@given(st.integers(14, 1_000), st.integers(1_024, 131_072))
+def test_a_buckets_tables_hold_any_sequences_and_not_many_more(tokens, rows):
+    """Rows are those of the bucket, up to a quarter more than the sequences of so many tokens fill."""
+    rows = bucket_rows(rows)
+    sequences = max(1, rows // tokens)
+    size = table_size(sequences, rows)
+    assert size >= sequences
+    assert size <= max(rows // 256, 5 * sequences)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([16, 64, 128]))
