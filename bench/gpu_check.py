@@ -228,7 +228,7 @@ def sections() -> dict[str, Section]:
     return {
         **{name: Section(_operator(name), 180) for name in operators},
         "native": Section(_native, 180),
-        "cuda": Section(_cuda, 180),
+        "cuda": Section(_cuda, 240),
         "tune": Section(_tune, 240, alone=True),
         "right": Section(_right, 240),
         "fast": Section(_fast, 240, alone=True),

@@ -276,7 +276,7 @@ def test_the_encoder_is_checked_with_the_choices_it_is_timed_with(
     last = ["tune", "right"] if tune else []
     assert order[-len(last) - 3 :] == [*last, "fast", "memory", "baselines"]
     assert order.count("right") == 1
-    assert tune or order.index("right") == 0
+    assert tune or order.index("right") < 4  # of the first to start, for it takes longest
 
 
 def test_a_section_runs_its_operators_checks(monkeypatch, tmp_path) -> None:
