@@ -538,7 +538,7 @@ def check_device(
         }
         for done in as_completed(running):
             keep(running[done], *done.result())
-    wait(compilers)
+    wait(compilers, timeout=120)  # a report on the compiler must not cost the timings
     for name, section in every.items():
         if name not in beside and (tune or name != "tune"):
             keep(name, *in_a_process(name, section.limit, options))
