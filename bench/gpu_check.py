@@ -448,7 +448,8 @@ def print_report(parts: Found, goals: list[Found]) -> None:
             continue
         if isinstance(found, dict):
             rates = ", ".join(f"{k} {v / 1e12:.0f}" for k, v in found["flops_per_s"].items())
-            print(f"ceiling {name:12}{found['ceiling'] / 1e12:8.0f} TFLOP/s  ({rates})")
+            best, kept = found["ceiling"] / 1e12, found["sustained"] / 1e12
+            print(f"ceiling {name:12}{best:8.0f} TFLOP/s, sustained {kept:.0f}  ({rates})")
         else:
             print(f"ceiling copy        {found / 1e12:8.2f} TB/s")
     for row in fast.get("kernels", []):

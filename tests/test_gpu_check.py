@@ -106,6 +106,7 @@ def test_right_and_fast_sections(bench, monkeypatch, tmp_path) -> None:
     assert len(parts["right"]["graphs"]) == 18
     ceilings = parts["fast"]["ceilings"]
     assert set(ceilings) == {"bfloat16", "tf32", "float32", "fp8", "copy_bytes_per_s"}
+    assert all(ceilings[name]["sustained"] > 0 for name in ceilings if name != "copy_bytes_per_s")
     for stack in parts["fast"]["stack"].values():
         assert sum(stack["shares"].values()) == pytest.approx(1)
         assert all(share > 0 for share in stack["shares"].values()), stack
