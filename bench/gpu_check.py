@@ -233,7 +233,7 @@ def sections() -> dict[str, Section]:
         "right": Section(_right, 240),
         "fast": Section(_fast, 240, alone=True),
         "memory": Section(_memory, 60, alone=True),
-        "baselines": Section(_baselines, 300, alone=True),
+        "baselines": Section(_baselines, 360, alone=True),
     }
 
 
