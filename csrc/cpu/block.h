@@ -7,7 +7,7 @@ namespace normwear {
 namespace NORMWEAR_ISA {
 namespace {
 
-enum Slot { PACKED, PACKED_HIDDEN, ROW, BYTES, HIDDEN_ROWS, SCALES, KEYS, VALUES, SCORES, SERIES, PATCHES, STARTS, SUMS };
+enum Slot { PACKED, PACKED_HIDDEN, ROW, BYTES, HIDDEN_ROWS, SCALES, KEYS, VALUES, SCORES, SERIES, PATCHES, SUMS };
 
 // Rows packed as a product reads them, tile after tile of TALL rows, with an affine scale a row for int8.
 struct Block {

@@ -77,14 +77,18 @@ void standardise_row(float* x, const float* carried, float eps, int64_t n) {
 
 // x ~ scale * q + offset with q in 0..255: the whole range of the row, affine.
 void quantise_row(const float* x, int64_t n, uint8_t* q, float* scale, float* offset) {
-    vf low = broadcast(x[0]), high = low;
+    vf low[4], high[4];
+    for (int j = 0; j < 4; ++j) low[j] = high[j] = broadcast(x[0]);
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) {
-        const vf v = load<vf>(x + i);
-        low = minimum(low, v);
-        high = maximum(high, v);
+    for (; i + 4 * WIDTH <= n; i += 4 * WIDTH) {
+        for (int j = 0; j < 4; ++j) {
+            const vf v = load<vf>(x + i + j * WIDTH);
+            low[j] = minimum(low[j], v);
+            high[j] = maximum(high[j], v);
+        }
     }
-    float smallest = -largest_lane(-low), largest = largest_lane(high);
+    float smallest = -largest_lane(-minimum(minimum(low[0], low[1]), minimum(low[2], low[3])));
+    float largest = largest_lane(maximum(maximum(high[0], high[1]), maximum(high[2], high[3])));
     for (int64_t j = i; j < n; ++j) {
         smallest = x[j] < smallest ? x[j] : smallest;
         largest = x[j] > largest ? x[j] : largest;
@@ -97,8 +101,17 @@ void quantise_row(const float* x, int64_t n, uint8_t* q, float* scale, float* of
     for (i = 0; i + WIDTH <= n; i += WIDTH) {
         const vf t = (load<vf>(x + i) - smallest) * inverse + magic;
         vi v = as_int(t) - as_int(magic);
+        // Compilers convert to bytes one by one.
+#if defined(__AVX512F__)
+        store(q + i, _mm512_cvtusepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+        const __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v), bytes = _mm256_packus_epi16(words, words);
+        store(q + i, _mm256_extract_epi32(bytes, 0));
+        store(q + i + 4, _mm256_extract_epi32(bytes, 4));
+#else
         v = v > 255 ? vi{} + 255 : v;
         store(q + i, __builtin_convertvector((vu)v, vb));
+#endif
     }
     for (; i < n; ++i) {
         const float t = (x[i] - smallest) * inverse;

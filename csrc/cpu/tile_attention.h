@@ -138,7 +138,7 @@ private:
         largest_ = broadcast(_mm512_reduce_max_ps((__m512)maximum(top[0], top[1])));
     }
     void powers(int64_t row) {
-        constexpr int DEGREE = OP == Operand::float32 ? 5 : 3;
+        constexpr int DEGREE = OP == Operand::float32 ? 6 : 3;
         const float* x = sums_of(scores_, row);
         uint32_t* to = powers_ + (row / TALL * panels_ * TILE_WORDS * PARTS<OP> + row % TALL * 16);
         vf sum[2] = {};

@@ -101,6 +101,10 @@ inline void put_int8(uint32_t* panel, int64_t k, int64_t lane, int32_t q) {
     *panel_word<Operand::int8>(panel, k, lane) |= (static_cast<uint32_t>(q) & 255u) << (8 * (k % 4));
 }
 
+// Every how many lines the next panel is fetched into the second cache, whose own prefetching brings those between:
+// asked for one by one they hold the buffers that loads need.
+constexpr int64_t FETCH = 4;
+
 template <Operand OP, int A, int B>
 inline void add_tile() {  // A is 0 or 1, of the block's tiles; B of the panel's
     if constexpr (OP == Operand::int8) tile_int8<2 * A + B, 4 + A, 6 + B>();
@@ -163,8 +167,9 @@ inline void multiply_pair(int64_t tiles, const uint32_t* a, int64_t next, const 
     else multiply<OP, 1>(a, next, b, steps, sums, fresh, between);
 }
 
-inline float* sums_of(float* sums, int64_t row) {
-    return sums + row / (2 * TALL) * PAIR_SUMS + row / TALL % 2 * 2 * TILE_WORDS + row % TALL * 16;
+template <typename T>
+inline T* sums_of(T* sums, int64_t row) {
+    return sums + row / TALL * 2 * TILE_WORDS + row % TALL * 16;
 }
 
 template <Operand OP>
@@ -242,28 +247,27 @@ private:
 template <Operand OP>
 void product(const Block& block, const Packed& w, int64_t k, int64_t chunk, int64_t panel_first, int64_t panel_stop,
              const Output& o, const Block* packed = nullptr) {
+    constexpr int64_t of_step = PARTS<OP> * TILE_WORDS;
     const int64_t steps = block.words / (16 * PARTS<OP>), tiles = ceil_div(block.rows, TALL), pairs = ceil_div(tiles, 2);
     float* sums = static_cast<float*>(scratch(SUMS, 2 * pairs * PAIR_SUMS * sizeof(float)));
     Finish<OP> finish(block, w, chunk, o, packed);
     const int64_t finished_a_step = ceil_div(block.rows, pairs * steps);
-    // Each step fetches its share of the next panel into the second cache.
-    const int64_t lines_a_step = ceil_div(8 * PARTS<OP>, pairs);
+    const int64_t fetched_a_step = ceil_div(ceil_div(32 * PARTS<OP>, FETCH), pairs);
     for (int64_t panel = panel_first; panel < panel_stop; ++panel) {
         float* own = sums + panel % 2 * pairs * PAIR_SUMS;
-        const uint32_t* b = w.data + panel * w.words * LANES + k / PER_STEP<OP> * PARTS<OP> * 2 * TILE_WORDS;
+        const uint32_t* b = w.data + panel * w.words * LANES + k / PER_STEP<OP> * 2 * of_step;
         const char* ahead = reinterpret_cast<const char*>(b + w.words * LANES);
-        int64_t lines = panel + 1 < panel_stop ? steps * PARTS<OP> * 8 : 0;
+        int64_t fetches = panel + 1 < panel_stop ? steps * PARTS<OP> * 32 / FETCH : 0;
         const auto between = [&] {
-            for (int64_t line = least(lines_a_step, lines); line > 0; --line, --lines, ahead += 256) {
+            for (int64_t i = least(fetched_a_step, fetches); i > 0; --i, --fetches, ahead += 64 * FETCH) {
                 __builtin_prefetch(ahead, 0, 2);
             }
             finish.some(finished_a_step);
         };
         for (int64_t step = 0; step < steps; step += STEPS_AT_ONCE<OP>) {
-            const int64_t count = least(STEPS_AT_ONCE<OP>, steps - step);
             for (int64_t pair = 0; pair < pairs; ++pair) {
-                multiply_pair<OP>(tiles - 2 * pair, block.tile(2 * TALL * pair) + step * PARTS<OP> * TILE_WORDS,
-                                  TALL * block.words, b + step * PARTS<OP> * 2 * TILE_WORDS, count,
+                multiply_pair<OP>(tiles - 2 * pair, block.tile(2 * TALL * pair) + step * of_step, TALL * block.words,
+                                  b + step * 2 * of_step, least(STEPS_AT_ONCE<OP>, steps - step),
                                   own + pair * PAIR_SUMS, step == 0, between);
             }
         }

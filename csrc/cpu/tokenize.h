@@ -58,64 +58,76 @@ void differences(const float* x, int64_t length, int order, int64_t first, int64
     }
 }
 
-// The tokens of a block's patches: block x weight^T + template. `starts` are where the rows go, in both.
+// The tokens of a block of patches: tokens (rows, n) = block x weight^T + rows_template.
 #if defined(NORMWEAR_TILES)
 
-void project(const Block& block, const Packed& w, const int64_t* starts, const float* rows_template, float* residual) {
-    const int64_t steps = block.words / (16 * PARTS<Operand::float32>), tiles = ceil_div(block.rows, TALL);
-    float* sums = static_cast<float*>(scratch(SUMS, PAIR_SUMS * sizeof(float)));
-    for (int64_t tile = 0; tile < tiles; tile += 2) {
-        const int64_t first = tile * TALL, rows = least(2 * TALL, block.rows - first);
-        for (int64_t panel = 0; panel < w.panels; ++panel) {
-            const int64_t column = panel * LANES;
-            auto between = [&, i = int64_t{0}]() mutable {
-                for (const int64_t stop = least(i + 8, rows); i < stop; ++i) {
-                    for (int64_t j = 0; j < LANES; j += 16) {
-                        __builtin_prefetch(residual + starts[first + i] + column + j, 1);
-                        __builtin_prefetch(rows_template + starts[first + i] + column + j);
-                    }
-                }
-            };
-            multiply_pair<Operand::float32>(tiles - tile, block.tile(first), TALL * block.words,
-                                            w.data + panel * w.words * LANES, steps, sums, true, between);
-            for (int64_t i = 0; i < rows; ++i) {
-                const float* x = sums_of(sums, i);
-                for (int v = 0; v < 2; ++v) {
-                    const int64_t at = starts[first + i] + column + 16 * v;
-                    const __mmask16 mask = first_lanes(w.n - column - 16 * v);
-                    const vf y = load<vf>(x + v * TILE_WORDS) + (vf)_mm512_maskz_loadu_ps(mask, rows_template + at);
-                    _mm512_mask_storeu_ps(residual + at, mask, (__m512)y);
-                }
+// The tokens of a pair of row tiles, one after another in memory, while the next pair is multiplied: in the order of
+// the sums, 128 bytes of each of 32 rows, memory cannot keep up.
+struct Tokens {
+    const float *sums, *rows_template;
+    float* tokens;
+    int64_t width, rows, row, column;
+
+    void some(int64_t count) {
+        for (; count > 0 && row < rows; --count) {
+            const float* x = sums_of(sums, row) + column / LANES * PAIR_SUMS;
+            for (int v = 0; v < 2; ++v) {
+                const int64_t at = row * width + column + 16 * v;
+                const __mmask16 mask = first_lanes(width - column - 16 * v);
+                const vf y = load<vf>(x + v * TILE_WORDS) + (vf)_mm512_maskz_loadu_ps(mask, rows_template + at);
+                _mm512_mask_storeu_ps(tokens + at, mask, (__m512)y);
             }
+            column += LANES;
+            if (column >= width) column = 0, ++row;
         }
     }
+};
+
+void project(const Block& block, const Packed& w, const float* rows_template, float* tokens) {
+    const int64_t steps = block.words / (16 * PARTS<Operand::float32>), tiles = ceil_div(block.rows, TALL);
+    float* sums = static_cast<float*>(scratch(SUMS, 2 * w.panels * PAIR_SUMS * sizeof(float)));
+    Tokens done = {};
+    const int64_t done_a_step = ceil_div(2 * TALL, steps);
+    const auto between = [&] { done.some(done_a_step); };
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+        const int64_t first = tile * TALL;
+        float* own = sums + tile / 2 % 2 * w.panels * PAIR_SUMS;
+        for (int64_t panel = 0; panel < w.panels; ++panel) {
+            multiply_pair<Operand::float32>(tiles - tile, block.tile(first), TALL * block.words,
+                                            w.data + panel * w.words * LANES, steps, own + panel * PAIR_SUMS, true,
+                                            between);
+        }
+        done.some(2 * TALL * w.panels);
+        done = {own, rows_template + first * w.n, tokens + first * w.n, w.n, least(2 * TALL, block.rows - first), 0, 0};
+    }
+    done.some(2 * TALL * w.panels);
 }
 
 #else
 
-void project(const Block& block, const Packed& w, const int64_t* starts, const float* rows_template, float* residual) {
+void project(const Block& block, const Packed& w, const float* rows_template, float* tokens) {
     vf sums[TALL * NV];
     // A tile's rows are written whole before the next tile: templates and rows stream through once.
     for (int64_t first = 0; first < block.rows; first += TALL) {
-        const int64_t m = least(TALL, block.rows - first), *start = starts + first;
+        const int64_t m = least(TALL, block.rows - first);
         for (int64_t panel = 0; panel < w.panels; ++panel) {
             const int64_t column = panel * LANES, count = least(LANES, w.n - column);
             for (int64_t i = 0; i < m; ++i) {
-                __builtin_prefetch(residual + start[i] + column, 1);
-                __builtin_prefetch(rows_template + start[i] + column);
+                __builtin_prefetch(tokens + (first + i) * w.n + column, 1);
+                __builtin_prefetch(rows_template + (first + i) * w.n + column);
             }
             multiply_tile<Operand::float32>(tile_rows(m), block.tile(first), w.data + panel * w.words * LANES, w.words / 4,
                                             sums);
             for (int64_t i = 0; i < m; ++i) {
-                const int64_t at = start[i] + column;
+                const int64_t at = (first + i) * w.n + column;
                 if (count == LANES) {
                     for (int v = 0; v < NV; ++v) {
-                        store(residual + at + v * WIDTH, sums[NV * i + v] + load<vf>(rows_template + at + v * WIDTH));
+                        store(tokens + at + v * WIDTH, sums[NV * i + v] + load<vf>(rows_template + at + v * WIDTH));
                     }
                 } else {
                     float row[LANES];
                     for (int v = 0; v < NV; ++v) store(row + v * WIDTH, sums[NV * i + v]);
-                    for (int64_t j = 0; j < count; ++j) residual[at + j] = row[j] + rows_template[at + j];
+                    for (int64_t j = 0; j < count; ++j) tokens[at + j] = row[j] + rows_template[at + j];
                 }
             }
         }
@@ -152,8 +164,6 @@ void tokenize(const TokenizeArguments& p, int threads) {
         if (step > 3 * scales) memset(patches, 0, rows * k_patch * sizeof(float));
         const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
         void* bytes = scratch(BYTES, block.words * 4);
-        int64_t* starts = static_cast<int64_t*>(scratch(STARTS, rows * sizeof(int64_t)));
-        for (int64_t i = 0; i < rows; ++i) starts[i] = (1 + (t_first + i % t_count) * p.columns + i / t_count) * p.width;
         int64_t last_tap = 0;
         for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][3 * f + 1]);
         const int64_t reach = ceil_div(n_count, tile) * tile + last_tap;
@@ -173,15 +183,24 @@ void tokenize(const TokenizeArguments& p, int threads) {
                         const float* taps = p.taps[entry] + span[2] + (k - span[0]) * scales + scale;
                         filter_scales(count, local + r + k, taps, scales, most(0, stop - k), y);
                         for (int64_t i = 0; i < count; ++i) {
-                            float* to = patches + f * t_count * k_patch + order * scales + scale + i;
-                            for (int64_t j = 0; j < least(tile, n_count - r); ++j) to[(r + j) * step] = y[i * tile + j];
+                            // Row r + j of the scalogram is row dt of patch t.
+                            float* to = patches + f * k_patch + order * scales + scale + i;
+                            const float* from = y + i * tile;
+                            int64_t t = r / height, dt = r % height;
+                            for (int64_t left = least(tile, n_count - r); left > 0; dt = 0, ++t) {
+                                const int64_t together = least(height - dt, left);
+                                float* at = to + t * p.columns * k_patch + dt * step;
+                                for (int64_t j = 0; j < together; ++j) at[j * step] = from[j];
+                                from += together, left -= together;
+                            }
                         }
                     }
                 }
             }
         }
         for (int64_t i = 0; i < rows; ++i) pack_row<Operand::float32>(block, i, patches + i * k_patch, k_patch, bytes);
-        project(block, p.weight, starts, rows_template, residual);
+        const int64_t token = (1 + t_first * p.columns) * p.width;
+        project(block, p.weight, rows_template + token, residual + token);
     }
 }
 
