@@ -175,6 +175,8 @@ class Engine:
         self.backend = backend
         self.device = folded.carried.device
         self.workspace = Workspace(self.device)
+        self._stream: Any = None
+        """That the last micro-batch ran on."""
         self._templates: dict[int, Tensor] = {}
         self._tokenizers: dict[tuple[int, ...], Tokenizer] = {}
         self._prepared: dict[Any, Any] = {}
@@ -229,6 +231,10 @@ class Engine:
             return self._run(series, layout, pool)
         # Kernels are launched on the current device's stream.
         with torch.cuda.device(self.device), exact_products(self.precision):
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream not in (None, stream):
+                stream.wait_stream(self._stream)  # the buffers are the last micro-batch's still
+            self._stream = stream
             return self._run(series, layout, pool)
 
     @torch.no_grad()

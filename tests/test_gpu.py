@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,27 @@ def test_exact_products_of_two_devices_overlap():
         assert getattr(flags, name)
     finally:
         setattr(flags, name, before)
+
+
+def test_another_stream_waits_for_the_buffers(monkeypatch):
+    """Callers with a stream each share an engine's buffers: one micro-batch after another."""
+
+    class Stream:
+        def __init__(self):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, second = Stream(), Stream()
+    engine = Engine(fold(ReferenceNormWear(SMALL, seed=0), torch.float32), SMALL, "conv", TORCH)
+    engine.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(engine, "_run", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for current in (first, first, second, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, s=current: s)
+        engine.run(torch.empty(0), None, "mean")
+    assert (first.waited, second.waited) == ([second], [first])
 
 
 def test_columns_quantise_to_their_whole_range():
