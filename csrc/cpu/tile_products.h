@@ -103,7 +103,7 @@ inline void put_int8(uint32_t* panel, int64_t k, int64_t lane, int32_t q) {
 
 // Every how many lines the next panel is fetched into the second cache, whose own prefetching brings those between:
 // asked for one by one they hold the buffers that loads need.
-constexpr int64_t FETCH = 4;
+constexpr int64_t FETCH = 8;
 
 template <Operand OP, int A, int B>
 inline void add_tile() {  // A is 0 or 1, of the block's tiles; B of the panel's
@@ -209,7 +209,7 @@ private:
                    finished(load<sum>(at + TILE_WORDS), block_, w_, chunk_, row_, column_ + 16)};
         for (int v = 0; v < 2; ++v) {
             x[v] += bias_[v];
-            if (o_.gelu) x[v] = gelu_vector(x[v]);
+            if (o_.gelu) x[v] = gelu_vector<OP == Operand::float32>(x[v]);
         }
         if (packed_) {
             const int64_t step = (o_.column + column_) / 32;
