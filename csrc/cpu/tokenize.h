@@ -45,6 +45,14 @@ void filter_scales(int64_t count, const float* series, const float* taps, int64_
     }
 }
 
+// Rows first .. stop of y (times * S, RV * WIDTH) to columns of rows at `out`, `step` values apart.
+template <int S>
+inline void scatter(const float* y, int64_t first, int64_t stop, float* out, int64_t step, int64_t times = 1) {
+    for (int64_t j = first; j < stop; ++j, out += step) {
+        for (int64_t i = 0; i < S * times; ++i) out[i] = y[i * RV * WIDTH + j];
+    }
+}
+
 // Differences of x (L,), of the given order, at first .. first + count of 0 .. L - 3; zeros outside.
 void differences(const float* x, int64_t length, int order, int64_t first, int64_t count, float* out) {
     for (int64_t j = 0; j < count; ++j) {
@@ -182,17 +190,14 @@ void tokenize(const TokenizeArguments& p, int threads) {
                         const int64_t count = least(SCALES_AT_ONCE, scales - scale);
                         const float* taps = p.taps[entry] + span[2] + (k - span[0]) * scales + scale;
                         filter_scales(count, local + r + k, taps, scales, most(0, stop - k), y);
-                        for (int64_t i = 0; i < count; ++i) {
-                            // Row r + j of the scalogram is row dt of patch t.
-                            float* to = patches + f * k_patch + order * scales + scale + i;
-                            const float* from = y + i * tile;
-                            int64_t t = r / height, dt = r % height;
-                            for (int64_t left = least(tile, n_count - r); left > 0; dt = 0, ++t) {
-                                const int64_t together = least(height - dt, left);
-                                float* at = to + t * p.columns * k_patch + dt * step;
-                                for (int64_t j = 0; j < together; ++j) at[j * step] = from[j];
-                                from += together, left -= together;
-                            }
+                        // Row r + j of the scalogram is row dt of patch t.
+                        float* to = patches + f * k_patch + order * scales + scale;
+                        int64_t t = r / height, dt = r % height;
+                        for (int64_t j = 0, stop; j < least(tile, n_count - r); j = stop, dt = 0, ++t) {
+                            stop = least(j + height - dt, least(tile, n_count - r));
+                            float* at = to + t * p.columns * k_patch + dt * step;
+                            if (count == SCALES_AT_ONCE) scatter<SCALES_AT_ONCE>(y, j, stop, at, step);
+                            else scatter<1>(y, j, stop, at, step, count);
                         }
                     }
                 }
