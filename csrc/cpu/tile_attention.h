@@ -104,60 +104,76 @@ void pack_values(const View& kv, int64_t first, int64_t count, int64_t column, i
     }
 }
 
-// Scores of a strip to 2^(score - the row's largest), as rows of the second product, and one over each row's sum;
-// half a row at a time, between the steps of other strips' products.
+// Scores of a strip to 2^(score - the row's largest), as rows of the second product, and one over each row's sum; some
+// panels at a time, between the steps of other strips' products.
 template <Operand OP>
 class Softmax {
 public:
-    explicit Softmax(int64_t keys) : keys_(keys), panels_(ceil_div(keys, LANES)) {}
+    explicit Softmax(int64_t keys)
+        : panels_(ceil_div(keys, LANES)), missing_(panels_ * LANES - keys),
+          pieces_(ceil_div(panels_, SEARCHED) + ceil_div(panels_, RAISED)) {}
+
+    int64_t pieces(int64_t rows) const { return rows * pieces_; }
 
     void start(float* scores, uint32_t* powers, float* shares, int64_t rows) {
-        scores_ = scores, powers_ = powers, shares_ = shares, halves_ = 2 * rows, half_ = 0;
+        scores_ = scores, powers_ = powers, shares_ = shares, rows_ = rows, row_ = 0, panel_ = 0, found_ = false;
     }
-    void some(int64_t halves) {
-        for (const int64_t stop = least(half_ + halves, halves_); half_ < stop; ++half_) {
-            if (half_ % 2 == 0) largest(half_ / 2);
-            else powers(half_ / 2);
+    void some(int64_t pieces) {
+        for (; pieces > 0 && row_ < rows_; --pieces) {
+            if (found_) raise();
+            else search();
         }
     }
-    void all() { some(halves_); }
+    void all() { some(pieces(rows_)); }
 
 private:
-    void largest(int64_t row) {
-        float* x = sums_of(scores_, row);
-        if (const int64_t missing = panels_ * LANES - keys_) {
-            float* last = x + (panels_ - 1) * SCORE_PANEL;
-            const __m512 never = _mm512_set1_ps(-__builtin_inff());
-            _mm512_mask_storeu_ps(last, static_cast<__mmask16>(~first_lanes(LANES - missing)), never);
-            _mm512_mask_storeu_ps(last + TILE_WORDS, static_cast<__mmask16>(~first_lanes(16 - missing)), never);
+    static constexpr int64_t SEARCHED = 12, RAISED = OP == Operand::float32 ? 2 : 6;  // panels of a piece
+
+    void search() {
+        float* x = sums_of(scores_, row_);
+        if (panel_ == 0) {
+            if (missing_) {
+                float* last = x + (panels_ - 1) * SCORE_PANEL;
+                const __m512 never = _mm512_set1_ps(-__builtin_inff());
+                _mm512_mask_storeu_ps(last, static_cast<__mmask16>(~first_lanes(LANES - missing_)), never);
+                _mm512_mask_storeu_ps(last + TILE_WORDS, static_cast<__mmask16>(~first_lanes(16 - missing_)), never);
+            }
+            for (int v = 0; v < 2; ++v) kept_[v] = load<vf>(x + v * TILE_WORDS);
         }
-        vf top[2] = {load<vf>(x), load<vf>(x + TILE_WORDS)};
-        for (int64_t panel = 1; panel < panels_; ++panel) {
-            for (int v = 0; v < 2; ++v) top[v] = maximum(top[v], load<vf>(x + panel * SCORE_PANEL + v * TILE_WORDS));
+        for (const int64_t stop = least(panel_ + SEARCHED, panels_); panel_ < stop; ++panel_) {
+            for (int v = 0; v < 2; ++v) {
+                kept_[v] = maximum(kept_[v], load<vf>(x + panel_ * SCORE_PANEL + v * TILE_WORDS));
+            }
         }
-        largest_ = broadcast(_mm512_reduce_max_ps((__m512)maximum(top[0], top[1])));
+        if (panel_ < panels_) return;
+        largest_ = broadcast(_mm512_reduce_max_ps((__m512)maximum(kept_[0], kept_[1])));
+        kept_[0] = kept_[1] = vf{};
+        found_ = true, panel_ = 0;
     }
-    void powers(int64_t row) {
+    void raise() {
         constexpr int DEGREE = OP == Operand::float32 ? 6 : 3;
-        const float* x = sums_of(scores_, row);
-        uint32_t* to = powers_ + (row / TALL * panels_ * TILE_WORDS * PARTS<OP> + row % TALL * 16);
-        vf sum[2] = {};
-        for (int64_t panel = 0; panel < panels_; ++panel, x += SCORE_PANEL, to += PARTS<OP> * TILE_WORDS) {
+        const float* x = sums_of(scores_, row_) + panel_ * SCORE_PANEL;
+        uint32_t* to = powers_ + (row_ / TALL * panels_ + panel_) * TILE_WORDS * PARTS<OP> + row_ % TALL * 16;
+        for (const int64_t stop = least(panel_ + RAISED, panels_); panel_ < stop; ++panel_) {
             const vf e0 = exp2_vector<DEGREE>(load<vf>(x) - largest_);
             const vf e1 = exp2_vector<DEGREE>(load<vf>(x + TILE_WORDS) - largest_);
-            sum[0] += e0;
-            sum[1] += e1;
+            kept_[0] += e0;
+            kept_[1] += e1;
             store_step<OP>(to, e0, e1);
+            x += SCORE_PANEL, to += PARTS<OP> * TILE_WORDS;
         }
-        shares_[row] = 1.0f / _mm512_reduce_add_ps((__m512)(sum[0] + sum[1]));
+        if (panel_ < panels_) return;
+        shares_[row_] = 1.0f / _mm512_reduce_add_ps((__m512)(kept_[0] + kept_[1]));
+        found_ = false, panel_ = 0, ++row_;
     }
 
-    const int64_t keys_, panels_;
+    const int64_t panels_, missing_, pieces_;
     float* scores_ = nullptr;
     uint32_t* powers_ = nullptr;
     float* shares_ = nullptr;
-    int64_t halves_ = 0, half_ = 0;
-    vf largest_ = {};
+    int64_t rows_ = 0, row_ = 0, panel_ = 0;
+    bool found_ = false;  // the row's largest
+    vf kept_[2] = {}, largest_ = {};
 };
 
 // One job a head, or a share of its queries.
@@ -188,8 +204,9 @@ void attention_operand(const AttentionArguments& p, int threads) {
         float* sums = static_cast<float*>(scratch(SUMS, PAIR_SUMS * sizeof(float)));
         float shares[2][STRIP];
         Softmax<OP> softmax(count);
-        const int64_t halves = ceil_div(2 * STRIP, (steps + ceil_div(d, LANES)) * panels);
-        const auto between = [&] { softmax.some(halves); };
+        const int64_t times = (steps + ceil_div(d, LANES)) * panels * PRODUCTS<OP>;
+        const int64_t pieces = ceil_div(softmax.pieces(STRIP), times);
+        const auto between = [&] { softmax.some(pieces); };
         // Scores of strip s, softmax of the one before, output of the one before that.
         const int64_t mine = ceil_div(q_stop - q_first, STRIP);
         for (int64_t s = 0; s < mine + 2; ++s) {
@@ -206,13 +223,13 @@ void attention_operand(const AttentionArguments& p, int threads) {
                     }
                 }
                 for (int64_t panel = 0; panel < panels; ++panel) {
-                    multiply_pair<OP>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
+                    multiply_pair<OP, true>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
                                       scores_of(s) + panel * SCORE_PANEL, true, between);
                 }
             }
             for (int64_t c = 0; s >= 2 && c < d; c += LANES) {
                 const int64_t rows = rows_of(s - 2), q = q_first + (s - 2) * STRIP;
-                multiply_pair<OP>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
+                multiply_pair<OP, true>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
                                   values + c / LANES * panels * of_panel, panels, sums, true, between);
                 for (int64_t i = 0; i < rows; ++i) {
                     const int64_t to = (q + i) * p.out.stride + column + c;

@@ -111,12 +111,17 @@ inline void add_tile() {  // A is 0 or 1, of the block's tiles; B of the panel's
     else tile_bfloat16<2 * A + B, 4 + A, 6 + B>();
 }
 
+// Products of two by two tiles a step.
+template <Operand OP>
+constexpr int64_t PRODUCTS = OP == Operand::float32 ? 6 : 1;
+
 // Where the four tiles of sums of a pair of row tiles go, 16 x 16 each: [row tile][half of the panel].
 constexpr int64_t PAIR_SUMS = 4 * TILE_WORDS;
 
 // sums (+)= one or two row tiles (RT, `next` words apart) times a panel, over `steps` steps. `between` is called
-// once a step: work for the vector units while the tile unit is busy, 64 cycles a product of two by two tiles.
-template <Operand OP, int RT, typename Between>
+// once a step, or OFTEN, after every product of two by two tiles, 64 cycles: work for the vector units meanwhile.
+// No more than a few hundred instructions at a time, for the processor looks 512 ahead.
+template <Operand OP, int RT, bool OFTEN, typename Between>
 inline void multiply(const uint32_t* a, int64_t next, const uint32_t* b, int64_t steps, float* sums, bool fresh,
                      Between& between) {
     if (fresh) {
@@ -140,10 +145,11 @@ inline void multiply(const uint32_t* a, int64_t next, const uint32_t* b, int64_t
             const auto add = [&] {
                 add_tile<OP, 0, 0>(), add_tile<OP, 0, 1>();
                 if (RT == 2) add_tile<OP, 1, 0>(), add_tile<OP, 1, 1>();
+                if (OFTEN) between();
             };
             rows(2), outputs(0), add();
             rows(1), add();
-            between();
+            if (!OFTEN) between();
             outputs(1), add();
             rows(0), add();
             outputs(2), add();
@@ -160,11 +166,11 @@ inline void multiply(const uint32_t* a, int64_t next, const uint32_t* b, int64_t
 }
 
 // Both row tiles of a pair, or the one there is.
-template <Operand OP, typename Between>
+template <Operand OP, bool OFTEN = false, typename Between>
 inline void multiply_pair(int64_t tiles, const uint32_t* a, int64_t next, const uint32_t* b, int64_t steps, float* sums,
                           bool fresh, Between& between) {
-    if (tiles > 1) multiply<OP, 2>(a, next, b, steps, sums, fresh, between);
-    else multiply<OP, 1>(a, next, b, steps, sums, fresh, between);
+    if (tiles > 1) multiply<OP, 2, OFTEN>(a, next, b, steps, sums, fresh, between);
+    else multiply<OP, 1, OFTEN>(a, next, b, steps, sums, fresh, between);
 }
 
 template <typename T>
@@ -251,13 +257,13 @@ void product(const Block& block, const Packed& w, int64_t k, int64_t chunk, int6
     const int64_t steps = block.words / (16 * PARTS<OP>), tiles = ceil_div(block.rows, TALL), pairs = ceil_div(tiles, 2);
     float* sums = static_cast<float*>(scratch(SUMS, 2 * pairs * PAIR_SUMS * sizeof(float)));
     Finish<OP> finish(block, w, chunk, o, packed);
-    const int64_t finished_a_step = ceil_div(block.rows, pairs * steps);
-    const int64_t fetched_a_step = ceil_div(ceil_div(32 * PARTS<OP>, FETCH), pairs);
+    const int64_t fetches_all = steps * PARTS<OP> * 32 / FETCH;
+    const int64_t finished_a_step = ceil_div(block.rows, pairs * steps), fetched_a_step = ceil_div(fetches_all, pairs * steps);
     for (int64_t panel = panel_first; panel < panel_stop; ++panel) {
         float* own = sums + panel % 2 * pairs * PAIR_SUMS;
         const uint32_t* b = w.data + panel * w.words * LANES + k / PER_STEP<OP> * 2 * of_step;
         const char* ahead = reinterpret_cast<const char*>(b + w.words * LANES);
-        int64_t fetches = panel + 1 < panel_stop ? steps * PARTS<OP> * 32 / FETCH : 0;
+        int64_t fetches = panel + 1 < panel_stop ? fetches_all : 0;
         const auto between = [&] {
             for (int64_t i = least(fetched_a_step, fetches); i > 0; --i, --fetches, ahead += 64 * FETCH) {
                 __builtin_prefetch(ahead, 0, 2);
