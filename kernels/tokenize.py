@@ -271,7 +271,7 @@ def tokenize(
     if len(samples) == 0:
         return
     if input_precision is None:
-        rounded = residual.dtype == torch.bfloat16 or _torch_uses_tf32()
+        rounded = residual.dtype == torch.bfloat16 or operators.torch_uses_tf32()
         input_precision = "tf32" if rounded else "ieee"
     device, width = residual.device, residual.shape[1]
     case = f"{residual.dtype} {input_precision}"
@@ -318,15 +318,6 @@ def tokenize(
             PRECISION=input_precision,
             **choice.launch(),
         )
-
-
-def _torch_uses_tf32() -> bool:
-    """For float32 products on a GPU."""
-    flags = torch.backends.cuda.matmul
-    try:
-        return flags.allow_tf32
-    except RuntimeError:  # the process has used the newer name, and torch refuses to mix the two
-        return flags.fp32_precision == "tf32"
 
 
 def packed_weight(weight: Tensor) -> Tensor:

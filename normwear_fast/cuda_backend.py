@@ -222,7 +222,7 @@ def tokenize(
         operators.tokenize(residual, series, samples, sequences, tokenizer)
         return
     if tf32 is None:
-        tf32 = residual.dtype == torch.bfloat16 or torch.backends.cuda.matmul.allow_tf32
+        tf32 = residual.dtype == torch.bfloat16 or operators.torch_uses_tf32()
     tf32 = tf32 and width % 8 == 0
     name, device, floats = "tokenize", residual.device, (torch.float32, torch.bfloat16)
     check(name, "residual", residual, device, floats, (None, width))

@@ -63,6 +63,15 @@ class Tokenizer:
         return torch.tensor(bank, dtype=self.patch_weight.dtype, device=self.patch_weight.device)
 
 
+def torch_uses_tf32() -> bool:
+    """Whether the process has asked for TF32 in float32 products on a GPU, by either of torch's names."""
+    flags = torch.backends.cuda.matmul
+    try:
+        return bool(flags.allow_tf32)
+    except RuntimeError:  # the process has used the newer name, and torch refuses to mix the two
+        return bool(flags.fp32_precision == "tf32")
+
+
 def tokenize(
     residual: Tensor, series: Tensor, samples: Segments, sequences: Segments, tokenizer: Tokenizer
 ) -> None:
