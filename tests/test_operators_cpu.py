@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import os
 import shlex
 import shutil
@@ -221,6 +222,32 @@ def test_attention_of_large_scores(name, rng):
     close(native.backend(name).channel_attention(query, key_value, keys, keys, 1), expected, 2e-2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_where_it_belongs(name, dtype, rng):
+    """A query's in its row and head, a key's or a value's in its segment; the rest keeps its bits."""
+    heads, size, keys = 2, 20, Segments([37, 40], CPU)
+    query = draw(rng, keys.total, heads * size, dtype=dtype)
+    key_value = draw(rng, keys.total, 2 * heads * size, dtype=dtype)
+    attention = native.backend(name).channel_attention
+    clean = attention(query, key_value, keys, keys, heads)
+    second_head, second_segment = slice(size, None), slice(37, None)
+    for where in ("query", "key", "value"):
+        spoilt = {"query": query.clone(), "key_value": key_value.clone()}
+        lost = torch.zeros_like(clean, dtype=torch.bool)
+        if where == "query":
+            spoilt["query"][50, size + 3] = float("nan")
+            lost[50, second_head] = True
+        else:
+            column = (0 if where == "key" else heads * size) + size + 3
+            spoilt["key_value"][50, column] = float("nan")
+            columns = second_head if where == "key" else slice(size + 3, size + 4)
+            lost[second_segment, columns] = True
+        got = attention(spoilt["query"], spoilt["key_value"], keys, keys, heads)
+        assert torch.equal(got.isnan(), lost)
+        assert torch.equal(got[~lost], clean[~lost])
+
+
 # --- tokenizer ---------------------------------------------------------------------------------------
 
 
@@ -235,7 +262,8 @@ def test_tokenize(name, method, width, patch, scales, rng):
         embed_dim=width, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=0,
         patch_size=patch, num_scales=scales, grid_rows=6,
     )  # fmt: skip
-    shapes = [(2, 390), (1, 11), (1, 12), (3, int(rng.integers(13, 200))), (1, 700)]
+    # 580 samples: two jobs of 32 patches a column, whole pairs of tiles.
+    shapes = [(2, 390), (1, 11), (1, 12), (3, int(rng.integers(13, 200))), (1, 580), (1, 700)]
     layout = Layout(shapes, method, config, CPU)
     counts = tuple(sorted(set(layout.sequences.lengths)))
     engine = Engine(
@@ -257,10 +285,12 @@ def test_tokenize(name, method, width, patch, scales, rng):
 
 
 def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=False, gelu=False,
-            start=None, threads=1):  # fmt: skip
+            start=None, threads=1, dtype=torch.float32):  # fmt: skip
     k = kernels(name)
     packed = native.pack(k, w, native.OPERANDS[precision], chunk)
-    c = torch.full((len(a), len(w)), float("nan")) if start is None else start.clone()
+    c = strided(torch.full((len(a), len(w)), float("nan"), dtype=dtype))
+    if start is not None:
+        c.copy_(start)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -278,6 +308,7 @@ def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=
         )
     finally:
         torch.set_num_threads(before)
+    assert int(c._base.isnan().sum()) - int(c.isnan().sum()) == 5 * len(a)  # nothing beside it
     return c
 
 
@@ -300,6 +331,46 @@ def test_linear(name, precision, n, k, rng):
         normed = torch.nn.functional.layer_norm((a + carried).double(), (k,), eps=EPS)
         expected = torch.nn.functional.gelu(normed @ w.double().T + bias.double())
         close(got, expected, tolerance * max(1.0, exact.abs().max()))
+        a, start = strided(draw(rng, rows, k, dtype=torch.bfloat16)), start.bfloat16()
+        got = product(name, a, w, precision, start=start, dtype=torch.bfloat16)
+        exact = a.double() @ w.double().T
+        close(got, exact + start.double(), tolerance * max(1.0, exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_products_keep_every_bit(name, rng):
+    """One product a sum, over 160 octaves: right to 2^-23, whatever a float32 is made of."""
+    a, w = (
+        draw(rng, n, 1) * torch.from_numpy(np.exp2(rng.integers(-40, 41, (n, 1)))).float()
+        for n in (40, 70)
+    )
+    exact = a.double() @ w.double().T
+    assert (product(name, a, w, "float32").double() - exact).abs().le(2**-23 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_nan_and_infinity_stay_in_their_row(name, precision, rng):
+    a, w = draw(rng, 40, 70), draw(rng, 50, 70)
+    clean = product(name, a, w, precision)
+    for value in (float("nan"), float("inf"), 3.4e38):
+        spoilt = a.clone()
+        spoilt[[3, 20], 5] = value
+        got = product(name, spoilt, w, precision)
+        rest = [i for i in range(40) if i not in (3, 20)]
+        assert torch.equal(got[rest], clean[rest])
+        if precision != "int8":  # whose rows are standardised before: all of a row is NaN then
+            assert not (got[[3, 20]].abs() <= 1e30).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_to_do(name):
+    assert product(name, torch.zeros(0, 8), torch.ones(3, 8), "float32").shape == (0, 3)
+    none = Segments([], CPU)
+    got = native.backend(name).channel_attention(
+        torch.zeros(0, 8), torch.zeros(0, 16), none, none, 2
+    )
+    assert got.shape == (0, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -319,12 +390,49 @@ def test_int8_never_saturates(name):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_a_row_depends_on_itself_alone(name, precision, rng):
     """The same bits alone, in any batch and on any number of threads: what a resumed run needs."""
-    a, w = draw(rng, 200, 128), draw(rng, 96, 128)
+    a, w = draw(rng, 200, 128), draw(rng, 700, 128)
     whole = product(name, a, w, precision)
-    for rows, threads in ((1, 1), (7, 2), (99, 3), (200, 2)):
+    # The threads share the rows of 99 and 200, the outputs of 7.
+    for rows, threads in ((1, 1), (7, 3), (99, 3), (200, 2)):
         assert torch.equal(
             product(name, a[-rows:].contiguous(), w, precision, threads=threads), whole[-rows:]
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_feed(name, precision, rng):
+    """proj, norm and MLP in one call: two tiles of hidden units, the second short; blocks of rows."""
+    width, hidden, rows, k = 72, 1000, 300, kernels(name)
+    operand, functional = native.OPERANDS[precision], torch.nn.functional
+    proj, fc1, fc2 = (
+        draw(rng, n, m, scale=m**-0.5)
+        for n, m in ((width, width), (hidden, width), (width, hidden))
+    )
+    matrices = dict(proj=native.pack(k, proj, operand), fc1=native.pack(k, fc1, operand))
+    matrices["fc2"] = native.pack(k, fc2, operand, native.CHUNK)
+    carried, bias = draw(rng, width), draw(rng, hidden)
+    start, attended = draw(rng, rows, width), strided(draw(rng, rows, width))
+
+    def run(residual, attended, threads=1):
+        k.feed(
+            residual=residual.data_ptr(), attended=native._view(attended), rows=len(residual),
+            **matrices, carried=carried.data_ptr(), fc1_bias=bias.data_ptr(), eps=EPS,
+            threads=threads,
+        )  # fmt: skip
+        return residual
+
+    x = start.double() + attended.double() @ proj.double().T
+    normed = functional.layer_norm(x + carried.double(), (width,), eps=EPS)
+    expected = x + functional.gelu(normed @ fc1.double().T + bias.double()) @ fc2.double().T
+    whole = run(start.clone(), attended)
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 0.15}[precision]
+    close(whole, expected, tolerance)
+    for part, threads in ((1, 1), (33, 2)):
+        assert torch.equal(run(start[-part:].clone(), attended[-part:], threads), whole[-part:])
+    spoilt = start.clone()
+    spoilt[40, 7] = float("nan")
+    assert torch.equal(run(spoilt, attended).isnan().any(1), torch.arange(rows) == 40)
 
 
 @pytest.mark.skipif(not NATIVE, reason="normwear_fast._C was not built")
@@ -507,6 +615,72 @@ def test_choice_of_backend(monkeypatch):
         native.backend.cache_clear()
 
 
+# --- the tile unit -----------------------------------------------------------------------------------
+
+TILES = """
+#define NORMWEAR_ISA {space}
+#include "cpu/tiles.h"
+extern "C" void {space}(const void* a, const void* b, void* c, long count, int whole) {{
+    using namespace normwear::{space};
+    const Tiles tiles;
+    for (long i = 0; i < count; ++i) {{
+        tile_load<2>(static_cast<const char*>(a) + 1024 * i, 64);
+        tile_stream<3>(static_cast<const char*>(b) + 1024 * i, 64);
+        tile_load<1>(static_cast<char*>(c) + 1024 * i, 64);
+        if (whole) tile_int8<1, 2, 3>();
+        else tile_bfloat16<1, 2, 3>();
+        tile_store<1>(static_cast<char*>(c) + 1024 * i, 64);
+    }}
+}}
+"""
+
+
+@pytest.mark.parametrize("name", [pytest.param("amx", marks=has("amx"))])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_emulated_tiles_have_the_processors_bits(name, tmp_path, rng):
+    """Which the sanitised run below and processors without the unit rely on."""
+    assert kernels(name).name == name  # it has asked the system for the unit
+    spaces = {"unit": ["-mamx-tile"], "emulated": ["-mfma", "-DNORMWEAR_EMULATE_TILES"]}
+    for space in spaces:
+        (tmp_path / f"{space}.cpp").write_text(TILES.format(space=space))
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        command += [*spaces[space], f"{tmp_path / space}.cpp", "-o", f"{tmp_path / space}.so"]
+        subprocess.run(command, check=True)
+
+    def run(space: str, a, b, c, whole: bool):
+        c = c.copy()
+        function = getattr(ctypes.CDLL(f"{tmp_path / space}.so"), space)
+        pointers = [ctypes.c_void_p(x.ctypes.data) for x in (a, b, c)]
+        function(*pointers, ctypes.c_long(len(a)), ctypes.c_int(whole))
+        return c
+
+    shape = (200, 16, 16)
+    a, b, c = (rng.integers(0, 2**32, shape, dtype=np.uint32) for _ in range(3))
+    assert np.array_equal(run("unit", a, b, c, True), run("emulated", a, b, c, True))
+
+    def bits(x) -> Any:
+        return np.ascontiguousarray(x, np.float32).view(np.uint32)
+
+    def values(low: int, high: int, special: float) -> Any:
+        """Pairs of bfloat16 of exponents low .. high; a share of subnormal, infinite and NaN ones."""
+        wide = (*shape, 2)
+        x = bits(rng.standard_normal(wide) * np.exp2(rng.integers(low, high, wide))) >> 16
+        odd = rng.choice(
+            np.array([0x7F80, 0xFF80, 0x7FC0, 0x0001, 0x8055, 0x0000], np.uint32), wide
+        )
+        x = np.where(rng.random(wide) < special, odd, x)
+        return np.ascontiguousarray(x[..., 0] | x[..., 1] << 16)
+
+    for low, high, special in ((0, 1, 0), (-68, -58, 0), (-126, 127, 0), (-8, 8, 0.002)):
+        a, b = values(low, high, special), values(low, high, special)
+        c = bits(rng.standard_normal(shape) * np.exp2(rng.integers(2 * low, high, shape)))
+        c[rng.random(shape) < 0.1] &= np.uint32(0x807FFFFF)  # subnormal
+        got, expected = (run(space, a, b, c, False).view(np.float32) for space in spaces)
+        nan = np.isnan(got)
+        assert np.array_equal(nan, np.isnan(expected))
+        assert np.array_equal(bits(got)[~nan], bits(expected)[~nan])
+
+
 # --- memory ------------------------------------------------------------------------------------------
 
 SANITISED = """
@@ -515,7 +689,8 @@ spec = importlib.util.spec_from_file_location("normwear_fast._C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["normwear_fast._C"] = normwear_fast._C = module
-code = pytest.main([sys.argv[2], "-q", "-s", "-x", "-p", "no:cacheprovider", "-k", "not golden"])
+chosen = "not golden and not emulated"
+code = pytest.main([sys.argv[2], "-q", "-s", "-x", "-p", "no:cacheprovider", "-k", chosen])
 sys.exit(int(code))
 """
 

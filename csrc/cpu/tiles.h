@@ -1,7 +1,7 @@
 // The tile unit of x86 processors (AMX) as functions: eight registers of 16 rows by 64 bytes, a load, a
 // store and two products. Inline assembly, because the compiler's own forms do not tell it that a load
 // reads memory. With NORMWEAR_EMULATE_TILES they are plain C++, for the sanitisers and for processors
-// without the unit; the sums are rounded as the processor's are.
+// without the unit, with the processor's bits but for those of a NaN.
 #pragma once
 
 #include <stdint.h>
@@ -87,11 +87,17 @@ inline void tile_store(void* to, int64_t stride) {
     for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * stride, tile_registers()[T].word[i], 64);
 }
 
-inline float tile_float(uint32_t bits) {  // subnormal values count as zero
+// Subnormal values count as zero, as operands and after every operation.
+inline float tile_float(uint32_t bits) {
     if (!(bits & 0x7f800000u)) bits &= 0x80000000u;
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+inline float flushed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return tile_float(bits);
 }
 
 template <int C, int A, int B>
@@ -102,12 +108,10 @@ inline void tile_bfloat16() {
             float even = 0, odd = 0;
             for (int k = 0; k < 16; ++k) {
                 const uint32_t a = t[A].word[m][k], b = t[B].word[k][n];
-                even = __builtin_fmaf(tile_float(a << 16), tile_float(b << 16), even);
-                odd = __builtin_fmaf(tile_float(a & 0xffff0000u), tile_float(b & 0xffff0000u), odd);
+                even = flushed(__builtin_fmaf(tile_float(a << 16), tile_float(b << 16), even));
+                odd = flushed(__builtin_fmaf(tile_float(a & 0xffff0000u), tile_float(b & 0xffff0000u), odd));
             }
-            float c;
-            memcpy(&c, &t[C].word[m][n], 4);
-            c += even + odd;
+            const float c = flushed(tile_float(t[C].word[m][n]) + flushed(even + odd));
             memcpy(&t[C].word[m][n], &c, 4);
         }
     }
