@@ -1,6 +1,7 @@
 // Attention with the products of vector registers: queries lie in the lanes of both.
 #pragma once
 
+#include "heads.h"
 #include "layers.h"
 
 namespace normwear {
@@ -155,26 +156,19 @@ void exponentials(float* x, int64_t keys, int64_t words, vf* sums) {
 template <Operand OP>
 void attention_operand(const AttentionArguments& p, int threads) {
     const int64_t d = p.head_size, width = p.heads * d;
-    const int64_t words = packed_words<OP>(d);
-    const int64_t heads = p.segments * p.heads;
-    // Fewer heads than would keep the threads busy: each is cut by queries, and its keys packed again.
-    const int64_t parts = heads >= 2 * threads ? 1 : ceil_div(2 * threads, heads);
+    const int64_t words = packed_words<OP>(d), parts = shares_of_head(p, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t job = 0; job < heads * parts; ++job) {
-        const int64_t segment = job / (p.heads * parts), head = job / parts % p.heads, part = job % parts;
-        const int64_t q_all = p.queries[segment + 1] - p.queries[segment];
-        const int64_t panels = ceil_div(q_all, LANES);
-        const int64_t q_first = p.queries[segment] + panels * part / parts * LANES;
-        const int64_t q_stop = p.queries[segment] + least(q_all, panels * (part + 1) / parts * LANES);
+    for (int64_t job = 0; job < p.segments * p.heads * parts; ++job) {
+        const Share share = share_of(p, job, parts, LANES);
+        const int64_t q_first = share.query, q_stop = share.query_stop, first_key = share.key, count = share.keys;
         if (q_first >= q_stop) continue;
-        const int64_t first_key = p.keys[segment], count = p.keys[segment + 1] - first_key;
         const int64_t key_words = packed_words<OP>(count);
         const Block keys = {static_cast<uint32_t*>(scratch(KEYS, Block::bytes(count, words))), nullptr, nullptr, count,
                             words};
         const Block values = {static_cast<uint32_t*>(scratch(VALUES, Block::bytes(d, key_words))), nullptr, nullptr, d,
                               key_words};
-        pack_keys<OP>(p.key_value, first_key, head * d, d, keys);
-        pack_values<OP>(p.key_value, first_key, count, width + head * d, values);
+        pack_keys<OP>(p.key_value, first_key, share.head * d, d, keys);
+        pack_values<OP>(p.key_value, first_key, count, width + share.head * d, values);
         // A tile may have a row more than there are keys, and words go in fours.
         float* scores = static_cast<float*>(scratch(SCORES, (count + 8) * LANES * sizeof(float)));
         uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, words * LANES * 4));
@@ -182,9 +176,9 @@ void attention_operand(const AttentionArguments& p, int threads) {
         float* columns = static_cast<float*>(scratch(PACKED_HIDDEN, (padded + TALL) * LANES * sizeof(float)));
         float* rows = static_cast<float*>(scratch(ROW, LANES * padded * sizeof(float)));
         for (int64_t q = q_first; q < q_stop; q += LANES) {
-            pack_queries<OP>(p.query, q, least(LANES, q_stop - q), head * d, d, words, queries);
+            pack_queries<OP>(p.query, q, least(LANES, q_stop - q), share.head * d, d, words, queries);
             for (int64_t i = 0; i < LANES; ++i) {  // those of the next panel
-                prefetch_row(p.query, q + LANES + i - AHEAD_ROWS, q_stop - 1, head * d, d);
+                prefetch_row(p.query, q + LANES + i - AHEAD_ROWS, q_stop - 1, share.head * d, d);
             }
             for (int64_t i = 0; i < count; i += TALL) {
                 multiply_tile<OP>(tile_rows(count - i), keys.tile(i), queries, words / 4, scores + i * LANES);
@@ -211,7 +205,7 @@ void attention_operand(const AttentionArguments& p, int threads) {
             }
             View out = p.out;
             const int64_t size = out.type == Type::float32 ? 4 : 2;
-            out.data = static_cast<char*>(out.data) + head * d * size;
+            out.data = static_cast<char*>(out.data) + share.head * d * size;
             for (int64_t i = 0; i < least(LANES, q_stop - q); ++i) write_row(out, q + i, d, rows + i * padded);
         }
     }

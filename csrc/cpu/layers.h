@@ -16,7 +16,7 @@ constexpr int64_t HIDDEN = 768;
 
 // Rows of a block: at most `limit`, the rows shared evenly between the threads.
 int64_t block_rows(int64_t rows, int64_t limit, int threads) {
-    const int64_t blocks = ceil_div(ceil_div(rows, limit), threads) * threads;
+    const int64_t blocks = most(1, ceil_div(ceil_div(rows, limit), threads)) * threads;
     return least(limit, most(TALL, ceil_div(ceil_div(rows, blocks), TALL) * TALL));
 }
 
@@ -40,7 +40,7 @@ void linear_operand(const LinearArguments& p, int threads) {
     const Packed& w = p.weight;
     const int64_t step = block_rows(p.rows, block_limit<OP>(), threads), blocks = ceil_div(p.rows, step);
     // Few rows (a fusion block): the threads share the outputs, and each packs the rows for itself.
-    const int64_t parts = blocks >= threads ? 1 : least(w.panels, ceil_div(threads, blocks));
+    const int64_t parts = blocks >= threads ? 1 : least(w.panels, ceil_div(threads, most(1, blocks)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t job = 0; job < blocks * parts; ++job) {
         [[maybe_unused]] const Tiles tiles;
@@ -102,7 +102,7 @@ void feed(const FeedArguments& p, int threads) {
 }
 
 void pack(const float* weight, int64_t stride, uint32_t* data, float* scale, float* sums, const Packed& shape,
-          int threads) {
+          [[maybe_unused]] int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = 0; panel < shape.panels; ++panel) {
         uint32_t* out = data + panel * shape.words * LANES;

@@ -3,6 +3,7 @@
 // were stored, a panel of 32 keys after another; their powers of two are written as rows of the second product.
 #pragma once
 
+#include "heads.h"
 #include "layers.h"
 
 namespace normwear {
@@ -179,24 +180,20 @@ private:
 // One job a head, or a share of its queries.
 template <Operand OP>
 void attention_operand(const AttentionArguments& p, int threads) {
-    const int64_t d = p.head_size, width = p.heads * d, steps = ceil_div(d, 32), heads = p.segments * p.heads;
-    // Fewer heads than would keep the threads busy: each is cut by queries, and its keys packed again.
-    const int64_t parts = heads >= 2 * threads ? 1 : ceil_div(2 * threads, heads);
+    const int64_t d = p.head_size, width = p.heads * d, steps = ceil_div(d, 32);
+    const int64_t parts = shares_of_head(p, threads);
     constexpr int64_t of_panel = PARTS<OP> * 2 * TILE_WORDS;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t job = 0; job < heads * parts; ++job) {
+    for (int64_t job = 0; job < p.segments * p.heads * parts; ++job) {
         [[maybe_unused]] const Tiles tiles;
-        const int64_t segment = job / (p.heads * parts), head = job / parts % p.heads, part = job % parts;
-        const int64_t q_all = p.queries[segment + 1] - p.queries[segment], strips = ceil_div(q_all, STRIP);
-        const int64_t q_first = p.queries[segment] + strips * part / parts * STRIP;
-        const int64_t q_stop = p.queries[segment] + least(q_all, strips * (part + 1) / parts * STRIP);
+        const Share share = share_of(p, job, parts, STRIP);
+        const int64_t q_first = share.query, q_stop = share.query_stop, count = share.keys, column = share.head * d;
         if (q_first >= q_stop) continue;
-        const int64_t first_key = p.keys[segment], count = p.keys[segment + 1] - first_key;
-        const int64_t panels = ceil_div(count, LANES), column = head * d;
+        const int64_t panels = ceil_div(count, LANES);
         uint32_t* keys = static_cast<uint32_t*>(scratch(KEYS, panels * steps * of_panel * 4));
         uint32_t* values = static_cast<uint32_t*>(scratch(VALUES, ceil_div(d, LANES) * panels * of_panel * 4));
-        pack_keys<OP>(p.key_value, first_key, count, column, d, keys);
-        pack_values<OP>(p.key_value, first_key, count, width + column, d, values);
+        pack_keys<OP>(p.key_value, share.key, count, column, d, keys);
+        pack_values<OP>(p.key_value, share.key, count, width + column, d, values);
         const int64_t query_tile = steps * PARTS<OP> * TILE_WORDS, power_tile = panels * PARTS<OP> * TILE_WORDS;
         uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, steps * of_panel * 4));
         float* scores = static_cast<float*>(scratch(SCORES, 2 * panels * SCORE_PANEL * sizeof(float)));
@@ -223,14 +220,14 @@ void attention_operand(const AttentionArguments& p, int threads) {
                     }
                 }
                 for (int64_t panel = 0; panel < panels; ++panel) {
-                    multiply_pair<OP, true>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
-                                      scores_of(s) + panel * SCORE_PANEL, true, between);
+                    multiply_pair<OP, true>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel,
+                                            steps, scores_of(s) + panel * SCORE_PANEL, true, between);
                 }
             }
             for (int64_t c = 0; s >= 2 && c < d; c += LANES) {
                 const int64_t rows = rows_of(s - 2), q = q_first + (s - 2) * STRIP;
                 multiply_pair<OP, true>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
-                                  values + c / LANES * panels * of_panel, panels, sums, true, between);
+                                        values + c / LANES * panels * of_panel, panels, sums, true, between);
                 for (int64_t i = 0; i < rows; ++i) {
                     const int64_t to = (q + i) * p.out.stride + column + c;
                     for (int v = 0; v < 2; ++v) {
