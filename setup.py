@@ -43,7 +43,15 @@ INSTRUCTION_SETS = {
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 # A100, H100 and H200, B200; PTX of the last for what comes after it.
 CUDA_ARCHITECTURES = ["80", "90a", "100"]
-PROBE = "#include <Python.h>\n#include <vector>\nint main_() { return std::vector<int>{1}[0]; }\n"
+# An assembler older than its compiler may not know the tile unit's instructions.
+PROBE = """\
+#include <Python.h>
+#include <vector>
+#ifdef __AMX_INT8__
+void tiles() { __asm__ volatile("tdpbusd %tmm2, %tmm1, %tmm0"); }
+#endif
+int main_() { return std::vector<int>{1}[0]; }
+"""
 NINJA_BUILD = """\
 ninja_required_version = 1.10
 cxx = {cxx}
@@ -197,7 +205,9 @@ class BuildNative(build_ext):
             extra = ["-DNORMWEAR_X86"] * x86 + ["-DNORMWEAR_AMX"] * amx
             name = Path(source).stem.removeprefix("kernels_")
             if name in INSTRUCTION_SETS and source.startswith("csrc/cpu/kernels_"):
-                extra += KERNELS + (INSTRUCTION_SETS[name] if (amx if name == "amx" else x86) else [])
+                extra += KERNELS + (
+                    INSTRUCTION_SETS[name] if (amx if name == "amx" else x86) else []
+                )
             objects.append(ninja_path(folder / f"{source}.o"))
             text += f"build {objects[-1]}: compile {ninja_path(ROOT / source)}\n"
             text += f"  extra = {shlex.join(extra)}\n"
