@@ -100,7 +100,7 @@ void* scratch(int slot, std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
         if (alignment > 64) madvise(mine.data[slot], rounded, MADV_HUGEPAGE);
 #endif
-        mine.bytes[slot] = bytes;
+        mine.bytes[slot] = static_cast<std::int64_t>(rounded);
     }
     return mine.data[slot];
 }

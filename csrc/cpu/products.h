@@ -267,7 +267,6 @@ void product(const Block& block, const Packed& w, int64_t k, int64_t chunk, int6
     }
 }
 
-
 // fc1 and its gelu for the hidden units first .. first + count of a block, packed for fc2.
 template <Operand OP>
 Block hidden_block(const Block& normed, const Packed& fc1, const float* bias, int64_t first, int64_t count) {

@@ -6,6 +6,8 @@
 // left (3 x 8 bits of significand and signs). Of the nine products of parts hh, hm, mh, mm, hl and lh are added;
 // ml, lm and ll are below 2^-23 of the product together and of either sign. Each part's product is exact in float32, and
 // a step's 32 are summed before they meet the sum, so the error is that of float32 arithmetic, or smaller.
+// At the ends of the range: from 3.396e38 on h is infinite and the sum NaN; the unit counts subnormal values as zero,
+// parts too, so values below 2^-103 lose their last bits.
 //
 // The sum over k of one output runs in the same order whatever the block: a row's result depends on that row.
 #pragma once

@@ -193,11 +193,11 @@ void tokenize(const TokenizeArguments& p, int threads) {
                         // Row r + j of the scalogram is row dt of patch t.
                         float* to = patches + f * k_patch + order * scales + scale;
                         int64_t t = r / height, dt = r % height;
-                        for (int64_t j = 0, stop; j < least(tile, n_count - r); j = stop, dt = 0, ++t) {
-                            stop = least(j + height - dt, least(tile, n_count - r));
+                        for (int64_t j = 0, end; j < least(tile, n_count - r); j = end, dt = 0, ++t) {
+                            end = least(j + height - dt, least(tile, n_count - r));
                             float* at = to + t * p.columns * k_patch + dt * step;
-                            if (count == SCALES_AT_ONCE) scatter<SCALES_AT_ONCE>(y, j, stop, at, step);
-                            else scatter<1>(y, j, stop, at, step, count);
+                            if (count == SCALES_AT_ONCE) scatter<SCALES_AT_ONCE>(y, j, end, at, step);
+                            else scatter<1>(y, j, end, at, step, count);
                         }
                     }
                 }
