@@ -306,8 +306,9 @@ def pool_norm(
 class _Filters:
     """The wavelets of one series length, a patch column after another.
 
-    ``taps`` holds (taps, scales of a patch) float32 a column; ``spans`` (columns, 3): the first tap
-    that counts, one past the last, and where the column starts in ``taps``.
+    ``taps`` holds (taps, scales of a patch) float32 a column; ``spans`` (columns, 4): the first tap
+    that counts, one past the last, where the column starts in ``taps``, and 1 if its taps are the same
+    from both ends, as those of an even wavelet are.
     """
 
     taps: NDArray[np.float32]
@@ -326,8 +327,9 @@ def _filters(
         peaks = np.abs(part).max(axis=1, keepdims=True)
         counts = np.flatnonzero((np.abs(part) > SUPPORT * peaks).any(axis=0))
         low, high = (int(counts[0]), int(counts[-1]) + 1) if len(counts) else (0, 0)
-        taps.append(np.ascontiguousarray(part[:, low:high].T, dtype=np.float32).reshape(-1))
-        spans.append((low, high, start))
+        column = np.ascontiguousarray(part[:, low:high].T, dtype=np.float32)
+        spans.append((low, high, start, int(np.array_equal(column, column[::-1]))))
+        taps.append(column.reshape(-1))
         start += len(taps[-1])
     return _Filters(np.concatenate(taps), np.array(spans, np.int64), bank.shape[1] // 2)
 

@@ -65,7 +65,7 @@ struct TokenizeArguments {
     std::int64_t sequences;
     const std::int64_t* table;             // (sequences,) row of the arrays below for each
     const float* const* taps;              // filters, one patch column after another, (taps, scales)
-    const std::int64_t* const* spans;      // (columns, 3): first tap, last + 1, offset into taps
+    const std::int64_t* const* spans;      // (columns, 4): first tap, last + 1, offset into taps, 1 if even
     const std::int64_t* padding;           // zeros before the series
     const float* const* templates;         // (tokens, E)
     std::int64_t columns, patch_rows, patch_scales;

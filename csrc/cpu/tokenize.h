@@ -15,33 +15,63 @@ constexpr int RV = 2;
 #endif
 constexpr int SCALES_AT_ONCE = 5;
 
-// y (S, RV * WIDTH): S filters of `scales` interleaved ones over successive rows of a series.
-template <int S>
-__attribute__((noinline)) void filter(const float* series, const float* taps, int64_t scales, int64_t count, float* y) {
-    vf acc[S][RV] = {};
-    for (int64_t k = 0; k < count; ++k) {
-        vf x[RV];
-#pragma GCC unroll 8
-        for (int r = 0; r < RV; ++r) x[r] = load<vf>(series + k + r * WIDTH);
+// Taps first .. stop of filters; those of even .. even_stop are the same from both ends, so that two samples share a
+// product: 30 instructions for ten instead of 50.
+struct Taps {
+    int64_t first, even, even_stop, stop;
+};
+
+// y (S, RV * WIDTH): S filters of `scales` interleaved ones over R vectors of successive rows of a series.
+template <int S, int R>
+__attribute__((noinline)) void filter(const float* series, const float* taps, int64_t scales, const Taps& t, float* y) {
+    vf acc[S][R] = {}, x[R];
+    const auto add = [&](int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s) {
             const float tap = taps[k * scales + s];
 #pragma GCC unroll 8
-            for (int r = 0; r < RV; ++r) acc[s][r] += tap * x[r];
+            for (int r = 0; r < R; ++r) acc[s][r] += tap * x[r];
         }
+    };
+    const auto alone = [&](int64_t first, int64_t stop) __attribute__((always_inline)) {
+        for (int64_t k = first; k < stop; ++k) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) x[r] = load<vf>(series + k + r * WIDTH);
+            add(k);
+        }
+    };
+    const int64_t middle = t.even + (t.even_stop - t.even) / 2, last = t.even_stop - 1;
+    alone(t.first, t.even);
+    for (int64_t k = t.even; k < middle; ++k) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            x[r] = load<vf>(series + k + r * WIDTH) + load<vf>(series + last - (k - t.even) + r * WIDTH);
+        }
+        add(k);
     }
+    alone(middle, t.even_stop - (middle - t.even));
+    alone(t.even_stop, t.stop);
     for (int s = 0; s < S; ++s) {
-        for (int r = 0; r < RV; ++r) store(y + (s * RV + r) * WIDTH, acc[s][r]);
+        for (int r = 0; r < R; ++r) store(y + (s * RV + r) * WIDTH, acc[s][r]);
     }
 }
 
-void filter_scales(int64_t count, const float* series, const float* taps, int64_t scales, int64_t length, float* y) {
+template <int S, int R = RV>
+void filter_rows(int64_t rows, const float* series, const float* taps, int64_t scales, const Taps& t, float* y) {
+    if constexpr (R > 1) {
+        if (rows <= (R - 1) * WIDTH) return filter_rows<S, R - 1>(rows, series, taps, scales, t, y);
+    }
+    filter<S, R>(series, taps, scales, t, y);
+}
+
+void filter_scales(int64_t count, int64_t rows, const float* series, const float* taps, int64_t scales, const Taps& t,
+                   float* y) {
     switch (count) {
-        case 1: return filter<1>(series, taps, scales, length, y);
-        case 2: return filter<2>(series, taps, scales, length, y);
-        case 3: return filter<3>(series, taps, scales, length, y);
-        case 4: return filter<4>(series, taps, scales, length, y);
-        default: return filter<5>(series, taps, scales, length, y);
+        case 1: return filter<1, RV>(series, taps, scales, t, y);
+        case 2: return filter<2, RV>(series, taps, scales, t, y);
+        case 3: return filter<3, RV>(series, taps, scales, t, y);
+        case 4: return filter<4, RV>(series, taps, scales, t, y);
+        default: return filter_rows<5>(rows, series, taps, scales, t, y);  // the released model's
     }
 }
 
@@ -152,7 +182,7 @@ void tokenize(const TokenizeArguments& p, int threads) {
     int64_t longest = 0;
     for (int64_t s = 0; s < p.sequences; ++s) longest = most(longest, (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns);
     threads = cpu_team(threads, p.tokens[p.sequences] * p.width, 1 << 13);
-    const int64_t shares = threads > 1 ? ceil_div(2 * threads, p.sequences) : 1;
+    const int64_t shares = threads > 1 ? ceil_div(4 * threads, p.sequences) : 1;
     const int64_t parts = most(1, least(longest, most(ceil_div(longest, fitting), shares)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t job = 0; job < p.sequences * parts; ++job) {
@@ -173,23 +203,26 @@ void tokenize(const TokenizeArguments& p, int threads) {
         const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
         void* bytes = scratch(BYTES, block.words * 4);
         int64_t last_tap = 0;
-        for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][3 * f + 1]);
+        for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][4 * f + 1]);
         const int64_t reach = ceil_div(n_count, tile) * tile + last_tap;
         float* local = static_cast<float*>(scratch(SERIES, reach * sizeof(float)));
         float y[SCALES_AT_ONCE * RV * WIDTH];
         for (int order = 0; order < 3; ++order) {
             differences(x, length, order, n_first - padding, reach, local);
             for (int64_t f = 0; f < p.columns; ++f) {
-                const int64_t* span = p.spans[entry] + 3 * f;
+                const int64_t* span = p.spans[entry] + 4 * f;
                 for (int64_t r = 0; r < n_count; r += tile) {
-                    // Taps that meet samples, not only the zeros around them.
-                    const int64_t n = n_first + r;
-                    const int64_t k = most(span[0], padding - n - tile + 1);
-                    const int64_t stop = least(span[1], series + padding - n);
+                    // Taps that meet samples, not only the zeros around them; 0 is the span's first.
+                    const int64_t n = n_first + r, taps_count = span[1] - span[0];
+                    Taps t;
+                    t.first = least(taps_count, most(0, padding - n - tile + 1 - span[0]));
+                    t.stop = most(t.first, least(taps_count, series + padding - n - span[0]));
+                    t.even = t.even_stop = t.stop;
+                    const int64_t edge = most(t.first, taps_count - t.stop);
+                    if (span[3] && edge < taps_count - edge) t.even = edge, t.even_stop = taps_count - edge;
                     for (int64_t scale = 0; scale < scales; scale += SCALES_AT_ONCE) {
                         const int64_t count = least(SCALES_AT_ONCE, scales - scale);
-                        const float* taps = p.taps[entry] + span[2] + (k - span[0]) * scales + scale;
-                        filter_scales(count, local + r + k, taps, scales, most(0, stop - k), y);
+                        filter_scales(count, n_count - r, local + r + span[0], p.taps[entry] + span[2] + scale, scales, t, y);
                         // Row r + j of the scalogram is row dt of patch t.
                         float* to = patches + f * k_patch + order * scales + scale;
                         int64_t t = r / height, dt = r % height;
