@@ -24,7 +24,7 @@ test: $(VENV)/.installed
 	$(PYTEST)
 
 test-all: $(VENV)/.installed
-	$(PYTEST) -m "" --outcomes bench/results/test-all.json
+	$(PYTEST) -m "" --outcomes=bench/results/test-all.json tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
