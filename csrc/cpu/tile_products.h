@@ -27,7 +27,7 @@ template <Operand OP>
 constexpr int64_t PER_STEP = OP == Operand::int8 ? 64 : 32;  // values of k
 constexpr int64_t TILE_WORDS = TALL * 16;
 
-// Steps whose share of a weight's panel is kept in the first cache (16 of 48 KB) while the block's rows stream by
+// Steps whose share of a weight's panel is kept in the first cache (24 of 48 KB) while the block's rows stream by
 // from the second; all of k at once reads both from there and runs at 0.7 of the rate. float32 does three to six
 // times the work on a loaded tile and need not care.
 template <Operand OP>
