@@ -335,12 +335,10 @@ def _filters(
 
 
 def _patch_matrix(kernels: Any, tokenizer: Tokenizer) -> Any:
-    """(E, rows * step) packed: for every scalogram row of a patch its 3 * scales values, padded to
-    four (15 to 16 in the released model)."""
+    """(E, rows * 3 * scales) packed: for every scalogram row of a patch its 3 * scales values."""
     rows, scales = tokenizer.patch_size
     weight = tokenizer.patch_weight.view(-1, 3, rows, scales).permute(0, 2, 1, 3).flatten(2)
-    step = -(-3 * scales // 4) * 4
-    return pack(kernels, torch.nn.functional.pad(weight, (0, step - 3 * scales)).flatten(1), 0)
+    return pack(kernels, weight.flatten(1), 0)
 
 
 def pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) -> Any:

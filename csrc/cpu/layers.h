@@ -116,7 +116,7 @@ void pack(const float* weight, int64_t stride, uint32_t* data, float* scale, flo
             if (n >= shape.n) continue;
             const float* x = weight + n * stride;
             if (shape.operand == Operand::float32) {
-                for (int64_t k = 0; k < shape.k; ++k) put_float32(out, k, lane, x[k]);
+                for (int64_t k = 0; k < shape.k; ++k) put_float32(out, k, shape.k, lane, x[k]);
             } else if (shape.operand == Operand::bfloat16) {
                 for (int64_t k = 0; k < shape.k; ++k) put_bfloat16(out, k, lane, x[k]);
             } else {

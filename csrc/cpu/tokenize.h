@@ -121,18 +121,21 @@ struct Tokens {
 };
 
 void project(const Block& block, const Packed& w, const float* rows_template, float* tokens) {
-    const int64_t steps = block.words / (16 * PARTS<Operand::float32>), tiles = ceil_div(block.rows, TALL);
+    constexpr int64_t of_step = 16 * PARTS<Operand::float32>;
+    const int64_t steps = block.words / of_step, tiles = ceil_div(block.rows, TALL);
+    const bool rest = block.words % of_step > 0;
     float* sums = static_cast<float*>(scratch(SUMS, 2 * w.panels * PAIR_SUMS * sizeof(float)));
     Tokens done = {};
-    const int64_t done_a_step = ceil_div(2 * TALL, steps);
-    const auto between = [&] { done.some(done_a_step); };
+    // Evenly over a panel's 26 products; seven rows after every step were 9 % slower.
+    Pace rows = {2 * TALL, PRODUCTS<Operand::float32> * steps + 2 * rest};
+    const auto between = [&] { done.some(rows.due()); };
     for (int64_t tile = 0; tile < tiles; tile += 2) {
         const int64_t first = tile * TALL;
         float* own = sums + tile / 2 % 2 * w.panels * PAIR_SUMS;
         for (int64_t panel = 0; panel < w.panels; ++panel) {
             multiply_pair<Operand::float32>(tiles - tile, block.tile(first), TALL * block.words,
                                             w.data + panel * w.words * LANES, steps, own + panel * PAIR_SUMS, true,
-                                            between);
+                                            rest, between);
         }
         done.some(2 * TALL * w.panels);
         done = {own, rows_template + first * w.n, tokens + first * w.n, w.n, least(2 * TALL, block.rows - first), 0, 0};
@@ -198,7 +201,6 @@ void tokenize(const TokenizeArguments& p, int threads) {
 
         const int64_t rows = t_count * p.columns, n_first = t_first * height, n_count = t_count * height;
         float* patches = static_cast<float*>(scratch(PATCHES, rows * k_patch * sizeof(float)));
-        if (step > 3 * scales) memset(patches, 0, rows * k_patch * sizeof(float));
         const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
         void* bytes = scratch(BYTES, block.words * 4);
         int64_t last_tap = 0;
