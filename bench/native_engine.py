@@ -1,22 +1,27 @@
-"""Where a layer's time goes in the native engine: `python -m bench.native_engine [--isa NAME]`.
+"""Where a layer's time goes in the native engine: `python -m bench.native_engine [--isa NAME] [--save]`.
 
 One thread, in processor time (what other processes take does not count), best of the interleaved
-rounds: the figures of docs/native-engine.md. Wall-clock ratios are bench/test_encoder.py's.
+rounds, and how far float32 sums are from float64: the figures of docs/native-engine.md, kept in
+bench/results/<device>-<date>-layers.json. Wall-clock ratios are bench/test_encoder.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from normwear_fast import FastNormWear, backends, native
+from bench.conftest import RESULTS, device_name
+from normwear_fast import FastNormWear, NormWearConfig, backends, native
 from normwear_fast.benchmarking import eager, gemm_calls, machine, reference_of
 from normwear_fast.scalograms import scalogram
 
 CHANNELS, SAMPLES = 3, 390
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def processor_time(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -80,53 +85,109 @@ def parts(model: FastNormWear) -> dict[str, tuple[Callable[[], object], float]]:
     }
 
 
+def layer(model: FastNormWear, rounds: int) -> dict[str, dict[str, float]]:
+    """The pieces of a micro-batch in the model's precision."""
+    calls = parts(model)
+    best = processor_time({name: call for name, (call, _) in calls.items()}, rounds)
+    return rates(best, {name: flops for name, (_, flops) in calls.items()})
+
+
+def products(rounds: int) -> dict[str, dict[str, float]]:
+    """The float32 products of a layer by every library here and by the native engine."""
+    calls = gemm_calls(NormWearConfig.base(), CHANNELS * 560, torch.float32, torch.device("cpu"))
+    best = processor_time({name: call for name, (call, _) in calls.items()}, rounds)
+    return rates(best, {name: flops for name, (_, flops) in calls.items()})
+
+
+def rates(best: Mapping[str, float], flops: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    return {name: {"s": s, "flops_per_s": flops[name] / s} for name, s in best.items()}
+
+
+def encoders(model: FastNormWear, rounds: int) -> dict[str, dict[str, float]]:
+    """The whole encoder in each precision against the eager reference."""
+    x = torch.randn(1, CHANNELS, SAMPLES)
+    reference = reference_of(model)
+    plain = eager(reference, True)
+
+    def fast(precision: str) -> Callable[[], object]:
+        def run() -> object:
+            model.precision = precision
+            return model(x)
+
+        return run
+
+    calls: dict[str, Callable[[], object]] = {"reference eager": lambda: plain(x)}
+    calls |= {name: fast(name) for name in PRECISIONS}
+    calls["reference tokens"] = lambda: reference.patch_embed(scalogram(x, "conv").flatten(0, 1))
+    best = processor_time(calls, rounds)
+    return {name: {"s": s, "ratio": best["reference eager"] / s} for name, s in best.items()}
+
+
+def sum_errors(isa: str, rows: int = 512, outputs: int = 512) -> dict[str, dict[str, float]]:
+    """Standard deviation, against float64, of a float32 product's sums of k products of unit normals."""
+    kernels, found = native.kernels(isa), {}
+    for k in (768, 3072):
+        a, b = torch.randn(rows, k), torch.randn(outputs, k)
+        exact = a.double() @ b.double().T
+        own = native.linear(kernels, a, native.pack(kernels, b, 0), torch.empty(rows, outputs))
+        found[str(k)] = {
+            "native": float((own.double() - exact).std()),
+            "torch": float(((a @ b.T).double() - exact).std()),
+        }
+    return found
+
+
+def measure(isa: str, rounds: int) -> dict[str, Any]:
+    """All of one instruction set, printed as it comes."""
+    backends.BACKENDS["native"] = lambda: native.backend(isa)
+    model = FastNormWear(True, precision="float32", backend="native").requires_grad_(False)
+    found: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        model.precision = precision
+        found[precision] = layer(model, rounds)
+    found["encoder"] = encoders(model, max(3, rounds // 2))
+    for section, rows in found.items():
+        for name, row in rows.items():
+            rate = (
+                f"{row['ratio']:8.2f} x the reference"
+                if "ratio" in row
+                else f"{row['flops_per_s'] / 1e9:8.1f} GFLOP/s"
+            )
+            print(f"{isa:10} {section:9} {name:18} {1e3 * row['s']:9.2f} ms {rate}")
+    found["sum_error"] = sum_errors(isa)
+    for k, row in found["sum_error"].items():
+        print(f"{isa:10} error of sums of {k}: {row['native']:.2e}, torch's {row['torch']:.2e}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isa", choices=native.instruction_sets(), default=None)
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        choices=native.instruction_sets(),
+        default=[native.kernels().name],
+        help="instruction sets (default: the best here)",
+    )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="write the JSON beside the others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    backends.BACKENDS["native"] = lambda: native.backend(arguments.isa)
-    model = FastNormWear(True, precision="float32", backend="native").requires_grad_(False)
+    torch.manual_seed(0)
     facts = machine()
-    print(f"{facts['cpu']}, one thread, {native.backend(arguments.isa).blas}, {facts['date']}")
+    print(f"{facts['cpu']}, one thread, {facts['date']}")
+    result: dict[str, Any] = {"machine": facts, "instruction_sets": {}}
     with torch.inference_mode():
-        for precision in ("float32", "bfloat16", "int8"):
-            model.precision = precision
-            calls = parts(model)
-            best = processor_time(
-                {name: call for name, (call, _) in calls.items()}, arguments.rounds
-            )
-            for name, seconds in best.items():
-                rate = calls[name][1] / seconds / 1e9
-                print(f"{precision:9} {name:18} {1e3 * seconds:9.2f} ms {rate:8.1f} GFLOP/s")
-        products = gemm_calls(model.config, CHANNELS * 560, torch.float32, torch.device("cpu"))
-        best = processor_time(
-            {name: call for name, (call, _) in products.items()}, arguments.rounds
-        )
-        for name, seconds in best.items():
-            rate = products[name][1] / seconds / 1e9
-            print(f"product   {name:18} {1e3 * seconds:9.2f} ms {rate:8.1f} GFLOP/s")
-        x = torch.randn(1, CHANNELS, SAMPLES)
-        reference = reference_of(model)
-        plain = eager(reference, True)
-
-        def fast(precision: str) -> Callable[[], object]:
-            def run() -> object:
-                model.precision = precision
-                return model(x)
-
-            return run
-
-        whole: dict[str, Callable[[], object]] = {"reference eager": lambda: plain(x)}
-        whole |= {name: fast(name) for name in ("float32", "bfloat16", "int8")}
-        whole["reference tokens"] = lambda: reference.patch_embed(
-            scalogram(x, "conv").flatten(0, 1)
-        )
-        best = processor_time(whole, max(3, arguments.rounds // 2))
-        for name, seconds in best.items():
-            ratio = best["reference eager"] / seconds
-            print(f"encoder   {name:18} {1e3 * seconds:9.1f} ms {ratio:8.2f} x the reference")
+        for isa in arguments.isa:
+            result["instruction_sets"][isa] = measure(isa, arguments.rounds)
+        result["products"] = products(arguments.rounds)
+    for name, row in result["products"].items():
+        print(f"product {name:18} {1e3 * row['s']:9.2f} ms {row['flops_per_s'] / 1e9:8.1f} GFLOP/s")
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{device_name()}-{facts['date']}-layers.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
