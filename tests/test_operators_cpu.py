@@ -284,10 +284,11 @@ def test_tokenize(name, method, width, patch, scales, rng):
 
 
 def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=False, gelu=False,
-            start=None, threads=1, dtype=torch.float32):  # fmt: skip
+            start=None, threads=1, dtype=torch.float32, beside=5):  # fmt: skip
     k = kernels(name)
     packed = native.pack(k, w, native.OPERANDS[precision], chunk)
-    c = strided(torch.full((len(a), len(w)), float("nan"), dtype=dtype))
+    whole = torch.full((len(a), len(w) + beside), float("nan"), dtype=dtype)
+    c = whole[:, beside // 2 :][:, : len(w)]
     if start is not None:
         c.copy_(start)
     before = torch.get_num_threads()
@@ -307,7 +308,7 @@ def product(name, a, w, precision, *, chunk=None, bias=None, carried=None, norm=
         )
     finally:
         torch.set_num_threads(before)
-    assert int(c._base.isnan().sum()) - int(c.isnan().sum()) == 5 * len(a)  # nothing beside it
+    assert int(whole.isnan().sum()) - int(c.isnan().sum()) == beside * len(a)  # nothing beside it
     return c
 
 
@@ -334,6 +335,9 @@ def test_linear(name, precision, n, k, rng):
         got = product(name, a, w, precision, start=start, dtype=torch.bfloat16)
         exact = a.double() @ w.double().T
         close(got, exact + start.double(), tolerance * max(1.0, exact.abs().max()))
+        for beside in (0, 5):  # rows of whole cache lines, and of others
+            got = product(name, a, w, precision, dtype=torch.bfloat16, beside=beside)
+            close(got, exact, tolerance * max(1.0, exact.abs().max()))
 
 
 @pytest.mark.parametrize("k", [1, 8, 9, 32, 39, 77])
