@@ -2,17 +2,18 @@
 
 Of every result file with a table of rows, the rows "FastNormWear PRECISION" and, of `bench.gpu_check`,
 "encode PRECISION" (windows of 6 s), and of `bench.encode_overhead` the encode command's own rate
-become devices that are *measured*, with the file's date and name. The newest of a device and precision
-stays, and a measured device takes the place of a modelled one of its name. Nothing else in
+become devices that are *measured*: from the lowest to the highest rate found for a name and precision,
+with the newest date and the files. They take the place of modelled ones of their name. Nothing else in
 normwear_fast/devices.json is touched.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ DEVICES = Path(__file__).parent.parent / "normwear_fast" / "devices.json"
 
 
 def device_name(machine: dict[str, Any]) -> str:
-    """H100 for 'NVIDIA H100 80GB HBM3'; cpu-avx2-2 for two threads with AVX2."""
+    """H100 for 'NVIDIA H100 80GB HBM3'; cpu-amx-2 for two threads with the tile unit."""
     gpu = machine.get("gpu")
     if gpu:
         found = re.search(r"\b([ABHLVT]\d{1,3}S?|GH200|GB200|RTX ?\w+)\b", gpu)
         return found[1] if found else re.sub(r"\W+", "-", gpu)
-    return f"cpu-{str(machine['capability']).lower()}-{machine['threads']}"
+    found = machine.get("instruction_set") or str(machine["capability"]).lower()
+    return f"cpu-{found}-{machine['threads']}"
 
 
 def measured(path: Path) -> Iterator[dict[str, Any]]:
@@ -58,21 +60,32 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
             "basis": "measured",
             "flops_per_s": [round(rate * channel_flops(config, 390, 3)) for rate in pair],
             "date": machine["date"],
-            "source": f"bench/results/{path.name}",
+            "source": path.stem,
         }
 
 
+def joined(devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One device of several measurements of it."""
+    rates = [rate for device in devices for rate in device["flops_per_s"]]
+    return devices[0] | {
+        "flops_per_s": [min(rates), max(rates)],
+        "date": max(device["date"] for device in devices),
+        "source": "bench/results: " + ", ".join(device["source"] for device in devices),
+    }
+
+
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     table = json.loads(DEVICES.read_text())
-    entries = {(device["name"], device["precision"]): device for device in table["devices"]}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         for device in measured(path):
-            key = device["name"], device["precision"]
-            before = entries.get(key)
-            if before and before["basis"] == "measured" and before["date"] > device["date"]:
-                continue
-            entries[key] = device
+            found.setdefault((device["name"], device["precision"]), []).append(device)
             print(f"{device['name']}, {device['precision']}: measured, {path.name}")
+    entries = {(device["name"], device["precision"]): device for device in table["devices"]}
+    entries |= {key: joined(devices) for key, devices in found.items()}
     table["devices"] = sorted(entries.values(), key=lambda d: (d["name"], d["precision"]))
     DEVICES.write_text(json.dumps(table, indent=1) + "\n")
     return 0

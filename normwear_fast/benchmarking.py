@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normwear_fast import native
 from normwear_fast.config import NormWearConfig
 from normwear_fast.packing import scalogram_method, sequence_tokens
 from normwear_fast.reference import ReferenceNormWear
@@ -127,6 +128,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "cpu": model,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": native.kernels().name if native.instruction_sets() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -199,8 +201,6 @@ def _other_libraries(
                 return linear(a, packed, None, "none", [], "")
 
         calls[f"{name} oneDNN"] = (onednn, flops)
-    from normwear_fast import native
-
     if native.instruction_sets() and a.dtype in (torch.float32, torch.bfloat16):
         kernels = native.kernels()
         operand = native.OPERANDS[str(a.dtype).removeprefix("torch.")]
