@@ -277,8 +277,11 @@ def register_model(model: Any) -> int:
     return handle
 
 
-# The engine may replay CUDA graphs of its own: a caller's graph must not capture it.
-@torch.library.custom_op("normwear::forward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+"""No caller's graph may capture these: they read bounds on the host, or replay graphs of their own."""
+
+
+@torch.library.custom_op("normwear::forward", mutates_args=(), tags=UNCAPTURED)
 def _forward(x: Tensor, handle: int, tokens: int, embed_dim: int) -> Tensor:
     embedded: Tensor = _MODELS[handle]._forward_fast(x)
     return embedded
@@ -295,7 +298,7 @@ def _backend(device: torch.device):  # type: ignore[no-untyped-def]
     return select_backend("auto", device)
 
 
-@torch.library.custom_op("normwear::tokenize", mutates_args=("residual",))
+@torch.library.custom_op("normwear::tokenize", mutates_args=("residual",), tags=UNCAPTURED)
 def _tokenize(
     residual: Tensor,
     series: Tensor,
@@ -365,7 +368,7 @@ def _(
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
-@torch.library.custom_op("normwear::channel_attention", mutates_args=())
+@torch.library.custom_op("normwear::channel_attention", mutates_args=(), tags=UNCAPTURED)
 def _channel_attention(
     query: Tensor, key_value: Tensor, cu_queries: Tensor, cu_keys: Tensor, num_heads: int
 ) -> Tensor:
@@ -392,7 +395,7 @@ def _(x: Tensor, bias: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("normwear::pool_norm", mutates_args=())
+@torch.library.custom_op("normwear::pool_norm", mutates_args=(), tags=UNCAPTURED)
 def _pool_norm(
     residual: Tensor,
     carried: Tensor | None,

@@ -12,6 +12,7 @@ from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -208,6 +209,58 @@ def test_a_wrong_encoder_fails_the_goldens(bench, monkeypatch) -> None:
     assert not found[0]["passed"]
 
 
+def test_goldens_of_some_rows(bench, monkeypatch) -> None:
+    """As the base model's files are: rows of the output, not all of it."""
+    helpers = encoder_gpu._helpers()
+    name = next(n for n in helpers.ENCODER_GOLDENS if n.startswith(SIZES.goldens))
+    whole = helpers.golden(name)
+    rows = np.array([0, 3, whole["out"].shape[2] - 1])
+
+    def some(wanted: str) -> dict[str, Any]:
+        arrays = {key: whole[key] for key in whole if key != "out"}
+        return arrays | {"rows": rows, "out_rows": whole["out"][:, :, rows]}
+
+    monkeypatch.setattr(encoder_gpu, "_helpers", lambda: helpers)
+    monkeypatch.setattr(helpers, "golden", some)
+    monkeypatch.setattr(helpers, "ENCODER_GOLDENS", [name])
+    found = encoder_gpu.goldens(bench)
+    assert [row["passed"] for row in found] == [True] * 3
+    assert 0 < found[0]["max_abs_error"] < 2e-5
+
+
+def test_an_encoder_wrong_at_full_size_is_seen(bench, monkeypatch) -> None:
+    whole = bench.windows_a_batch * bench.sizes.channels * bench.tokens
+
+    def wrong(x: Tensor, bias: Tensor, **options: Any) -> None:
+        _bias_gelu(x, bias, **options)
+        x *= 0.5 if len(x) >= whole else 1
+
+    assert encoder_gpu.encode(bench)["bfloat16"]["full_batch_worst_cosine"] > 0.999
+    plain(monkeypatch, dataclasses.replace(PLAIN, bias_gelu=wrong))
+    found = encoder_gpu.encode(encoder_gpu.Bench(CPU, SIZES))["bfloat16"]
+    assert found["mean_cosine"] > 0.999
+    assert found["full_batch_worst_cosine"] < 0.999
+
+
+def test_the_extension_is_looked_for_after_it_was_built(monkeypatch) -> None:
+    steps: list[str] = []
+
+    def step(name: str, result: Any) -> Any:
+        steps.append(name)
+        return result
+
+    def described() -> Any:
+        step("machine", None)
+        raise SystemExit
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "build", lambda: step("build", []))
+    monkeypatch.setattr(gpu_check, "machine", described)
+    with pytest.raises(SystemExit):
+        gpu_check.main([])
+    assert steps == ["build", "machine"]
+
+
 def test_tuning_takes_every_choice_in_turn(monkeypatch, tmp_path) -> None:
     """bias_gelu in Triton, interpreted; the other operators have nothing to choose."""
     plain(monkeypatch, dataclasses.replace(PLAIN, bias_gelu=bias_gelu.bias_gelu))
@@ -259,7 +312,7 @@ def test_every_operator_has_a_section() -> None:
     found = gpu_check.sections()
     assert set(kernel_report.operators()) <= set(found)
     alone = [name for name, section in found.items() if section.alone]
-    assert alone == ["tune", "fast", "memory", "baselines"]
+    assert alone == ["tune", "fast", "cuda timings", "memory", "baselines"]
 
 
 @pytest.mark.parametrize("tune", [False, True])
@@ -275,7 +328,7 @@ def test_the_encoder_is_checked_with_the_choices_it_is_timed_with(
     monkeypatch.setattr(gpu_check, "in_a_process", process)
     gpu_check.check_device({}, tmp_path / "r.json", [], tune=tune)
     last = ["tune", "right"] if tune else []
-    assert order[-len(last) - 3 :] == [*last, "fast", "memory", "baselines"]
+    assert order[-len(last) - 4 :] == [*last, "fast", "cuda timings", "memory", "baselines"]
     assert order.count("right") == 1
     assert tune or order.index("right") < 4  # of the first to start, for it takes longest
 
@@ -348,7 +401,7 @@ def test_what_is_timed_waits_for_the_compilers(monkeypatch, tmp_path) -> None:
     timer.start()
     gpu_check.check_device({}, tmp_path / "r.json", [], tune=False, compilers=(compiling,))
     timer.join()
-    assert order[order.index("compiled") + 1 :] == ["fast", "memory", "baselines"]
+    assert order[order.index("compiled") + 1 :] == ["fast", "cuda timings", "memory", "baselines"]
 
 
 def test_every_section_is_kept_as_it_ends(monkeypatch, tmp_path) -> None:
