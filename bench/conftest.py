@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.saving import dated, save
 from normwear_fast.benchmarking import machine, set_allocator_thresholds
 from normwear_fast.build import build_info, check_build
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,12 +50,6 @@ def table(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 ROWS = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
-def device_name() -> str:
-    facts = machine()
-    name = facts["gpu"] or f"{facts['cpu']} {facts['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows = config.stash.get(ROWS, {})
     if not rows:
@@ -73,16 +63,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{name:44}{text}")
     label = config.getoption("--save")
     if label:
-        RESULTS.mkdir(exist_ok=True)
         threshold = config.getoption("--malloc-threshold")
         result = {
             "machine": machine() | {"malloc_threshold": threshold or "glibc's own"},
             "build": build_info(),
             "rows": rows,
         }
-        path = RESULTS / f"{device_name()}-{machine()['date']}-{label}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
         from bench.chart import draw
 
-        draw(path)
-        terminalreporter.write_line(f"wrote {path} and its chart")
+        draw(save(dated(label), result))

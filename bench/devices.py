@@ -3,8 +3,8 @@
 Of every result file with a table of rows, the rows "FastNormWear PRECISION" and, of `bench.gpu_check`,
 "encode PRECISION" (windows of 6 s), and of `bench.encode_overhead` the encode command's own rate
 become devices that are *measured*: from the lowest to the highest rate found for a name and precision,
-with the newest date and the files. They take the place of modelled ones of their name. Nothing else in
-normwear_fast/devices.json is touched.
+with the newest date and the files. They take the place of modelled ones of their name; the other modelled
+ones in normwear_fast/devices.json stay.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.saving import RESULTS, slug
 from normwear_fast.benchmarking import channel_flops
 from normwear_fast.config import NormWearConfig
 
-RESULTS = Path(__file__).parent / "results"
 DEVICES = Path(__file__).parent.parent / "normwear_fast" / "devices.json"
 
 
@@ -29,9 +29,10 @@ def device_name(machine: dict[str, Any]) -> str:
     gpu = machine.get("gpu")
     if gpu:
         found = re.search(r"\b([ABHLVT]\d{1,3}S?|GH200|GB200|RTX ?\w+)\b", gpu)
-        return found[1] if found else re.sub(r"\W+", "-", gpu)
-    found = machine.get("instruction_set") or str(machine["capability"]).lower()
-    return f"cpu-{found}-{machine['threads']}"
+        return found[1] if found else slug(gpu)
+    # Files from before machine() named the instruction set have torch's word for the processor.
+    instructions = machine.get("instruction_set") or str(machine["capability"]).lower()
+    return f"cpu-{instructions}-{machine['threads']}"
 
 
 def measured(path: Path) -> Iterator[dict[str, Any]]:
@@ -84,7 +85,7 @@ def main() -> int:
         for device in measured(path):
             found.setdefault((device["name"], device["precision"]), []).append(device)
             print(f"{device['name']}, {device['precision']}: measured, {path.name}")
-    entries = {(device["name"], device["precision"]): device for device in table["devices"]}
+    entries = {(d["name"], d["precision"]): d for d in table["devices"] if d["basis"] == "modelled"}
     entries |= {key: joined(devices) for key, devices in found.items()}
     table["devices"] = sorted(entries.values(), key=lambda d: (d["name"], d["precision"]))
     DEVICES.write_text(json.dumps(table, indent=1) + "\n")

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.pipeline_rate import RATE, RESULTS, write_wfdb
+from bench.pipeline_rate import RATE, write_wfdb
+from bench.saving import save
 from normwear_fast import FastNormWear, NormWearConfig
-from normwear_fast.benchmarking import machine
 from normwear_fast.encode.pipeline import default_tokens, encode_recordings
 from normwear_fast.encode.settings import EncodeSettings
 
@@ -148,10 +148,7 @@ def main() -> int:
         row = measure(args, Path(folder))
     print(json.dumps(row, indent=1))
     if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{args.save}.json"
-        path.write_text(json.dumps({"machine": machine(), "overhead": row}, indent=1) + "\n")
-        print(f"wrote {path}")
+        save(args.save, {"overhead": row})
     return 0
 
 

@@ -639,10 +639,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     windows = bench.windows(3 * bench.sizes.batches * bench.windows_a_batch)
     short = windows[: bench.sizes.batches * bench.windows_a_batch]
     peaks = []
-    for part in (
-        short,
-        windows,
-    ):  # the longer one meets buckets of rows that the short one does not
+    for part in (short, windows):  # captures every bucket: the longer run meets some of its own
         bench.encode(part, "bfloat16")
     for part in (short, windows):
         torch.cuda.reset_peak_memory_stats(bench.device)

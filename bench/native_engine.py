@@ -8,14 +8,13 @@ bench/results/<device>-<date>-layers.json. Wall-clock ratios are bench/test_enco
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from bench.conftest import RESULTS, device_name
+from bench.saving import dated, save
 from normwear_fast import FastNormWear, NormWearConfig, backends, native
 from normwear_fast.benchmarking import eager, gemm_calls, machine, reference_of
 from normwear_fast.scalograms import scalogram
@@ -176,7 +175,7 @@ def main() -> None:
     torch.manual_seed(0)
     facts = machine()
     print(f"{facts['cpu']}, one thread, {facts['date']}")
-    result: dict[str, Any] = {"machine": facts, "instruction_sets": {}}
+    result: dict[str, Any] = {"instruction_sets": {}}
     with torch.inference_mode():
         for isa in arguments.isa:
             result["instruction_sets"][isa] = measure(isa, arguments.rounds)
@@ -184,10 +183,7 @@ def main() -> None:
     for name, row in result["products"].items():
         print(f"product {name:18} {1e3 * row['s']:9.2f} ms {row['flops_per_s'] / 1e9:8.1f} GFLOP/s")
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{device_name()}-{facts['date']}-layers.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path}")
+        save(dated("layers"), result)
 
 
 if __name__ == "__main__":

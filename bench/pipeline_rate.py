@@ -34,7 +34,7 @@ import numpy as np
 import psutil
 import torch
 
-from normwear_fast.benchmarking import machine
+from bench.saving import save
 from normwear_fast.config import NormWearConfig
 from normwear_fast.encode.pipeline import (
     default_tokens,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from normwear_fast.model import FastNormWear
 
 RATE = 360.0
-RESULTS = Path(__file__).parent / "results"
 
 
 def ecg_like(samples: int, channels: int) -> np.ndarray:
@@ -272,11 +271,7 @@ def main() -> int:
         large = cohort(Path(folder), args.gigabytes, args.recordings, args.seconds)
     print(json.dumps(large, indent=1))
     if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        result = {"machine": machine(), "rows": rows, "cohort": large}
-        path = RESULTS / f"{args.save}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path}")
+        save(args.save, {"rows": rows, "cohort": large})
     return 0
 
 

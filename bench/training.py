@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from bench.pipeline_rate import RESULTS
+from bench.saving import save
 from normwear_fast import NormWearConfig, scalogram
-from normwear_fast.benchmarking import machine, set_allocator_thresholds
+from normwear_fast.benchmarking import set_allocator_thresholds
 from normwear_fast.pretrain.masking import kept_counts
 from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings, pretrain
 from normwear_fast.reference import ReferenceNormWear
@@ -213,10 +213,7 @@ def main() -> int:
         row = measure(args, Path(folder))
     print(json.dumps(row, indent=1))
     if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{args.save}.json"
-        path.write_text(json.dumps({"machine": machine(), "training": row}, indent=1) + "\n")
-        print(f"wrote {path}")
+        save(args.save, {"training": row})
     return 0
 
 

@@ -32,7 +32,7 @@ from normwear_fast.wavelets import ScalogramMethod, wavelet_bank
 
 INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Best first. ``amx`` is the tile unit with bfloat16 and int8, whose float32 is three bfloat16 a value
-and as exact; ``avx512`` includes VNNI; ``avx2`` includes FMA."""
+and about as exact; ``avx512`` includes VNNI; ``avx2`` includes FMA."""
 
 OPERANDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 """Precisions the products know, as csrc/cpu/kernels.h numbers them."""

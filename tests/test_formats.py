@@ -4,7 +4,6 @@ library, read back in blocks and whole, and refused in one line where they lie o
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from payload import Payload
 
 from normwear_fast.cli.main import main
 from normwear_fast.errors import RecordingError, UsageError
@@ -359,7 +359,7 @@ def test_zarr_codecs_that_run_code(tmp_path: Path) -> None:
     (path / "data/.zarray").write_text(json.dumps(metadata))
     victim = tmp_path / "ran"
     for file in (path / "data").glob("0*"):
-        file.write_bytes(pickle.dumps(Gadget(f"touch {victim}")))
+        file.write_bytes(pickle.dumps(Payload(victim)))
     refused(path, "codec 'pickle'")
     assert not victim.exists()
     path = write_zarr(tmp_path / "b.zarr", fill, 3)
@@ -868,16 +868,6 @@ def test_zips_that_are_no_recording(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- sample pickles
 
 
-class Gadget:
-    """Runs a command when a plain unpickler reads it."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> Any:
-        return os.system, (self.command,)
-
-
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_sample_pickles(tmp_path: Path, protocol: int, order: Any) -> None:
@@ -927,13 +917,13 @@ def hostile_pickles(victim: Path) -> dict[str, bytes]:
     command = f"touch {victim}"
     text = command.encode()
     array = np.zeros(4)
-    inner = pickle.dumps(Gadget(command), 2)
+    inner = pickle.dumps(Payload(victim), 2)
     pollution = b"cnumpy.core.multiarray\n_reconstruct\n"
     return {
-        "system": pickle.dumps(Gadget(command)),
-        "system_0": pickle.dumps(Gadget(command), 0),
-        "in_a_sample": pickle.dumps({"data": array, "sampling_rate": 65, "label": Gadget(command)}),
-        "object_array": pickle.dumps(np.array([Gadget(command)], dtype=object)),
+        "system": pickle.dumps(Payload(victim)),
+        "system_0": pickle.dumps(Payload(victim), 0),
+        "in_a_sample": pickle.dumps({"data": array, "sampling_rate": 65, "label": Payload(victim)}),
+        "object_array": pickle.dumps(np.array([Payload(victim)], dtype=object)),
         "eval": b"c__builtin__\neval\n(X\x03\0\0\x001+1tR.",
         "getattr_stack_global": b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.",
         "dotted": b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__class__\x93.",

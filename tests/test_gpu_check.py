@@ -432,6 +432,33 @@ def test_a_report_becomes_a_device_of_plan(tmp_path) -> None:
     assert found["H100", "bfloat16"][0] == pytest.approx(4_500 * 107e9, rel=0.01)
 
 
+def test_measured_devices_are_what_the_files_say(monkeypatch, tmp_path) -> None:
+    """Ranges over files; what has no file any more goes, what is modelled stays."""
+    monkeypatch.setattr(devices, "RESULTS", tmp_path)
+    monkeypatch.setattr(devices, "DEVICES", tmp_path / "table" / "devices.json")
+    monkeypatch.setattr(devices.sys, "argv", ["bench.devices"])
+    old = [
+        {"name": "H100", "precision": "bfloat16", "basis": "modelled"},
+        {"name": "cpu-avx2-2", "precision": "float32", "basis": "modelled"},
+        {"name": "cpu-gone-2", "precision": "float32", "basis": "measured"},
+    ]
+    gpu_check.write({"schema": 1, "devices": old}, devices.DEVICES)
+    machine = gpu_check.machine() | {"gpu": None, "instruction_set": "avx2", "threads": 2}
+    for day, rate in (("2026-01-02", 2.0), ("2026-01-03", 1.0)):
+        rows = {"FastNormWear float32": {"channel_windows_per_s": rate}}
+        gpu_check.write(
+            {"machine": machine | {"date": day}, "rows": rows}, tmp_path / f"{day}.json"
+        )
+    assert devices.main() == 0
+    found = {d["name"]: d for d in json.loads(devices.DEVICES.read_text())["devices"]}
+    assert set(found) == {"H100", "cpu-avx2-2"}
+    assert found["H100"] == old[0]
+    measured = found["cpu-avx2-2"]
+    assert measured["flops_per_s"] == pytest.approx([107e9, 214e9], rel=0.01)
+    assert measured["date"] == "2026-01-03"
+    assert measured["source"] == "bench/results: 2026-01-02, 2026-01-03"
+
+
 def test_result_names() -> None:
     name = gpu_check.default_output("NVIDIA H100 80GB HBM3", "2026-01-02").name
     assert name == "nvidia-h100-80gb-hbm3-2026-01-02.json"

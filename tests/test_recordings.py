@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payload import Payload
 from pyarrow import parquet
 
 from normwear_fast.cli import inspect
@@ -885,19 +886,9 @@ def test_example_windows(cohort_dir: Path) -> None:
     assert np.std(data) > 0.1
 
 
-class Bomb:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     trace = tmp_path / "ran"
-    objects = np.array([Bomb(trace)], dtype=object)
+    objects = np.array([Payload(trace)], dtype=object)
     np.save(tmp_path / "r.npy", objects, allow_pickle=True)
     refused(tmp_path / "r.npy", "objects", rate=64.0)
     for key in ("data", "sampling_rate", "x"):

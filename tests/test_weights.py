@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from payload import Payload
 from safetensors import safe_open
 from torch import Tensor
 
@@ -420,16 +421,6 @@ def test_saved_scalogram(
 
 
 # Damage
-
-
-class Payload:
-    """Unpickled, it would make the file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, (f"touch {self.target}",))
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle2", "pickle4"])

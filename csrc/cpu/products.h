@@ -280,7 +280,9 @@ Block hidden_block(const Block& normed, const Packed& fc1, const float* bias, in
 }
 
 // Value k of output `lane` of a weight's panel.
-inline void put_float32(uint32_t* panel, int64_t k, int64_t, int64_t lane, float x) { memcpy(panel + k * LANES + lane, &x, 4); }
+inline void put_float32(uint32_t* panel, int64_t k, int64_t, int64_t lane, float x) {
+    memcpy(panel + k * LANES + lane, &x, 4);
+}
 inline void put_bfloat16(uint32_t* panel, int64_t k, int64_t lane, float x) {
     panel[k / 2 * LANES + lane] |= static_cast<uint32_t>(to_bfloat16(x)) << (16 * (k % 2));
 }

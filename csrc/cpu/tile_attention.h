@@ -220,14 +220,14 @@ void attention_operand(const AttentionArguments& p, int threads) {
                     }
                 }
                 for (int64_t panel = 0; panel < panels; ++panel) {
-                    multiply_pair<OP>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel,
-                                            steps, scores_of(s) + panel * SCORE_PANEL, true, false, between);
+                    multiply_pair<OP>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
+                                      scores_of(s) + panel * SCORE_PANEL, true, false, between);
                 }
             }
             for (int64_t c = 0; s >= 2 && c < d; c += LANES) {
                 const int64_t rows = rows_of(s - 2), q = q_first + (s - 2) * STRIP;
                 multiply_pair<OP>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
-                                        values + c / LANES * panels * of_panel, panels, sums, true, false, between);
+                                  values + c / LANES * panels * of_panel, panels, sums, true, false, between);
                 for (int64_t i = 0; i < rows; ++i) {
                     const int64_t to = (q + i) * p.out.stride + column + c;
                     for (int v = 0; v < 2; ++v) {

@@ -128,14 +128,13 @@ inline void put_float32(uint32_t* panel, int64_t k, int64_t of, int64_t lane, fl
         part = static_cast<uint32_t>(half) << (16 * (k % 2));
         x -= from_bfloat16(half);
     }
+    uint32_t* at = panel_word<Operand::float32>(panel, k, lane);
     if (has_short_step<Operand::float32>(of) && k >= of / 32 * 32) {
-        uint32_t* at = panel_word<Operand::float32>(panel, k, lane);
         constexpr int64_t next = SHORT / 2 * 16, second = 2 * TILE_WORDS;
         for (int side = 0; side < 4; ++side) at[side * next] |= parts[1 - side % 2];
         at[second] |= parts[2], at[second + next] |= parts[0];
         return;
     }
-    uint32_t* at = panel_word<Operand::float32>(panel, k, lane);
     for (int part = 0; part < 3; ++part) at[part * 2 * TILE_WORDS] |= parts[part];
 }
 inline void put_bfloat16(uint32_t* panel, int64_t k, int64_t lane, float x) {
