@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.config import SAMPLING_RATE
-from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -562,7 +562,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_encode(figure, path.suffix[1:]))
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
     return path
 
 
@@ -632,7 +632,7 @@ def html_report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
     return path
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from normwear_fast.encode.manifest import STAGES, Tally
 from normwear_fast.encode.output import OutputFolder
 from normwear_fast.encode.prepare import OK
-from normwear_fast.errors import NormWearError, OutputError, UsageError
+from normwear_fast.errors import NormWearError, OutputError, UsageError, one_line
 from normwear_fast.report_pictures import bars, image, line, scatter, strip
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ class _Output:
                     self._keep(rows.take(taken), column.take(taken))
         except (pa.ArrowException, OSError, KeyError) as error:
             raise OutputError(
-                f"{path}: cannot be read as a part of encode's output "
-                f"({str(error).splitlines()[0]})"
+                f"{path}: cannot be read as a part of encode's output ({one_line(error)})"
             ) from None
 
     def _add(self, rows: pa.Table) -> NDArray[np.int64]:
@@ -307,7 +306,7 @@ def _missing_section(output: _Output) -> Iterator[str]:
                 else:
                     why_not = "too long to be read again for a report"
             except (NormWearError, OSError) as error:
-                why_not = " ".join(str(error).split())
+                why_not = one_line(error)
         yield f"<h3>{escape(name)} <small>({_clock(entry['duration_s'])})</small></h3>"
         yield '<table class="strips">' + "".join(
             f'<tr><th scope="row">{escape(label)}</th><td>'
@@ -518,7 +517,7 @@ def _window_section(output: _Output) -> Iterator[str]:
         try:
             signal = _prepared(output, chosen)
         except (NormWearError, OSError) as error:
-            why_not = " ".join(str(error).split())
+            why_not = one_line(error)
     if signal is None:
         yield f"<p>{escape(where)}, is not shown: {escape(entry['path'])}: {escape(why_not or '')}.</p>"
         return
@@ -694,7 +693,7 @@ def write_report(
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
+        raise OutputError(f"{target}: cannot be written: {one_line(error)}") from None
     return target
 
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import OutputError, UsageError, WeightsError
+from normwear_fast.errors import OutputError, UsageError, WeightsError, one_line
 from normwear_fast.reference import ReferenceNormWear
 
 ARCHITECTURE = "normwear"
@@ -183,19 +183,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if not path.is_file():
-            raise _error(f"{path}: no such file")
+            raise WeightsError(f"{path}: no such file")
         if path.stat().st_size == 0:
-            raise _error(f"{path}: is empty (0 bytes)")
+            raise WeightsError(f"{path}: is empty (0 bytes)")
         with path.open("rb") as file:
             head = file.read(4)
     except OSError as error:
-        raise _error(f"{path}: cannot be read ({error.strerror})") from None
+        raise WeightsError(f"{path}: cannot be read ({one_line(error)})") from None
     if path.suffix == ".safetensors":
         content: Any = _read_safetensors(path)
     elif path.suffix in PICKLED:
         content = _read_pickled(path, zipped=head == b"PK\x03\x04")
     else:
-        raise _error(
+        raise WeightsError(
             f"{path}: not a weights file by its name; "
             f"it must end in .safetensors, {', '.join(PICKLED[:-1])} or {PICKLED[-1]}"
         )
@@ -204,10 +204,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping):
-        raise _error(f"{path}: holds a {type(content).__name__}; it must hold a state dict")
+        raise WeightsError(f"{path}: holds a {type(content).__name__}; it must hold a state dict")
     if not any(isinstance(value, Tensor) for value in content.values()):
         keys = ", ".join(map(str, list(content)[:8])) or "nothing"
-        raise _error(
+        raise WeightsError(
             f"{path}: holds no state dict, only {keys}; "
             f"it must be bare or under {' or '.join(CONTAINERS)}"
         )
@@ -215,11 +215,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for key, value in content.items():
         name = str(key)
         if not isinstance(value, Tensor):
-            raise _error(f"{path}: {name} is a {type(value).__name__}; it must be a tensor")
+            raise WeightsError(f"{path}: {name} is a {type(value).__name__}; it must be a tensor")
         while name.startswith(WRAPPERS):
             name = name.removeprefix(next(w for w in WRAPPERS if name.startswith(w)))
         if name in state_dict:
-            raise _error(f"{path}: two entries are named {name} once their prefixes are removed")
+            raise WeightsError(
+                f"{path}: two entries are named {name} once their prefixes are removed"
+            )
         state_dict[name] = value.detach()
     return state_dict
 
@@ -299,12 +301,14 @@ def check_names(
             names = ("decoder_embed_dim", "decoder_depth")
             sizes += "".join(f", {n} {getattr(config, n)}" for n in names)
         found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
-        raise _error(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
+        raise WeightsError(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
     for name, value in state_dict.items():
         if value.numel() and not name.endswith(_COUNTER):
             low, high = torch.aminmax(value)  # NaN in either if there is one; no copy of the values
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise _error(f"{source}: {name} holds NaN or infinity; every value must be finite")
+                raise WeightsError(
+                    f"{source}: {name} holds NaN or infinity; every value must be finite"
+                )
     return decoder
 
 
@@ -353,7 +357,7 @@ def save_pretrained(
             new_config.replace(folder / CONFIG_FILE)
         _sync(folder)
     except OSError as error:
-        raise OutputError(f"{folder}: weights cannot be written ({_one_line(error)})") from None
+        raise OutputError(f"{folder}: weights cannot be written ({_first_line(error)})") from None
 
 
 def convert(
@@ -397,17 +401,12 @@ def convert(
     )
 
 
-def _error(message: str) -> WeightsError:
-    """One line, whatever names or reasons came from the file."""
-    return WeightsError(" ".join(message.split()))
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of another library's error."""
+def _first_line(error: BaseException) -> str:
+    """The first line of another library's error: what follows is advice for its own callers."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str]:
@@ -418,7 +417,7 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str]:
     ):  # unlike Path.exists, False also for names no file could have
         if _HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED):
             return _download(source, revision)
-        raise _error(
+        raise WeightsError(
             f"{source or repr(source)}: no such weights file or folder, "
             "and no Hugging Face id (owner/name) either"
         )
@@ -440,11 +439,13 @@ def _weights_in(folder: Path) -> Path:
             if path.suffix in (".safetensors", *PICKLED) and not path.name.startswith(".")
         )
     except OSError as error:
-        raise _error(f"{folder}: cannot be read ({error.strerror})") from None
+        raise WeightsError(f"{folder}: cannot be read ({one_line(error)})") from None
     if len(found) == 1:
         return found[0]
     what = f"{len(found)} ({', '.join(path.name for path in found)})" if found else "none"
-    raise _error(f"{folder}: must hold {WEIGHTS_FILE} or exactly one checkpoint; it holds {what}")
+    raise WeightsError(
+        f"{folder}: must hold {WEIGHTS_FILE} or exactly one checkpoint; it holds {what}"
+    )
 
 
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
@@ -462,13 +463,13 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
         if HF_HUB_OFFLINE:
             reason = "offline (HF_HUB_OFFLINE is set) and not in the cache"
         else:
-            reason = f"not to be had from the hub and not in the cache ({_one_line(error)})"
-        raise _error(
+            reason = f"not to be had from the hub and not in the cache ({_first_line(error)})"
+        raise WeightsError(
             f"{hub_id}: no such file or folder, and as a Hugging Face id {reason}; fetch it once "
             f"where there is a network with {fetch}, or give a weights file"
         ) from None
     if not (snapshot / WEIGHTS_FILE).is_file():
-        raise _error(
+        raise WeightsError(
             f"{hub_id}: no {WEIGHTS_FILE} in "
             f"{'the cache (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else 'this repository'}; "
             f"fetch it where there is a network with {fetch}, or give a weights file"
@@ -483,7 +484,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _error(f"{path}: not a safetensors file, or cut short ({_one_line(error)})") from None
+        raise WeightsError(
+            f"{path}: not a safetensors file, or cut short ({_first_line(error)})"
+        ) from None
 
 
 def _read_pickled(path: Path, *, zipped: bool) -> Any:
@@ -499,11 +502,11 @@ def _read_pickled(path: Path, *, zipped: bool) -> Any:
     except Exception as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
-            raise _error(
+            raise WeightsError(
                 f"{path}: a pickle that asks to run {code[1]}; nothing of it was run. "
                 "Only tensors are read: torch.save(model.state_dict(), path) where the file is from"
             ) from None
-        raise _error(
+        raise WeightsError(
             f"{path}: not a checkpoint of torch.save, or cut short; nothing in it was run, "
             "and only tensors are read"
         ) from None
@@ -525,12 +528,14 @@ def _choose_config(
     optimized_cwt = values.get("optimized_cwt")
     if values.get("architecture") == ARCHITECTURE and "format_version" in values:
         if values["format_version"] != FORMAT_VERSION:
-            raise _error(
+            raise WeightsError(
                 f"{path}: format_version is {values['format_version']!r}; "
                 f"this normwear-fast reads {FORMAT_VERSION}"
             )
         if optimized_cwt is not None and not isinstance(optimized_cwt, bool):
-            raise _error(f"{path}: optimized_cwt is {optimized_cwt!r}; it must be a bool or null")
+            raise WeightsError(
+                f"{path}: optimized_cwt is {optimized_cwt!r}; it must be a bool or null"
+            )
         ours = ("architecture", "format_version", "optimized_cwt", "metadata")
         config = _config_from({k: v for k, v in values.items() if k not in ours}, path)
         if given is not None and given != config:
@@ -540,7 +545,7 @@ def _choose_config(
                 for n in names
                 if getattr(config, n) != getattr(given, n)
             ]
-            raise _error(f"{path}: contradicts the given config: {'; '.join(differ)}")
+            raise WeightsError(f"{path}: contradicts the given config: {'; '.join(differ)}")
         return config, optimized_cwt, f"from {path.name}"
     scalogram = optimized_cwt if isinstance(optimized_cwt, bool) else None
     if given is None and all(name in values for name in FOREIGN_NAMES[:3]):
@@ -553,9 +558,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _error(f"{path}: cannot be read as JSON ({_one_line(error)})") from None
+        raise WeightsError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
     if not isinstance(values, dict):
-        raise _error(f"{path}: holds a {type(values).__name__}; it must hold a JSON object")
+        raise WeightsError(f"{path}: holds a {type(values).__name__}; it must hold a JSON object")
     return values
 
 
@@ -573,11 +578,11 @@ def _config_from(values: dict[str, Any], path: Path) -> NormWearConfig:
         else:
             fits = type(value) is type(default)
         if not fits:
-            raise _error(f"{path}: {field.name} is {value!r}; it must be like {default!r}")
+            raise WeightsError(f"{path}: {field.name} is {value!r}; it must be like {default!r}")
     try:
         return NormWearConfig.from_dict(values, str(path))
     except UsageError as error:
-        raise _error(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise WeightsError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def _is_counter(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
@@ -632,7 +637,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # transformers asks for this key. More would come in random order, and the hash with them.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(_one_line(error)) from None
+        raise OSError(_first_line(error)) from None
 
 
 @contextlib.contextmanager

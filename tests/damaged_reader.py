@@ -36,7 +36,10 @@ def library(path: Path, form: str) -> list[np.ndarray]:
         import edfio
 
         read = edfio.read_edf if form == "edf" else edfio.read_bdf
-        signals = read(path, header_encoding="latin-1").signals
+        content = bytearray(path.read_bytes())
+        # the number of data records may be padded with NULs: ours takes it, edfio does not
+        content[236:244] = content[236:244].replace(b"\0", b" ")
+        signals = read(bytes(content), header_encoding="latin-1").signals
         return [signal.data for signal in signals]
     if form in ("csv", "tsv"):
         import pandas as pd

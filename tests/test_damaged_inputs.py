@@ -170,7 +170,16 @@ def damage(file: Path, random: np.random.Generator) -> str:
     size = len(content)
     kind = str(
         random.choice(
-            ["flips", "header flips", "truncated", "zeroed", "wrong header", "longer", "huge field"]
+            [
+                "flips",
+                "header flips",
+                "truncated",
+                "zeroed",
+                "wrong header",
+                "longer",
+                "huge field",
+                "long text",
+            ]
         )
     )
     if size < 8:
@@ -189,6 +198,9 @@ def damage(file: Path, random: np.random.Generator) -> str:
         content[:8] = MAGICS[int(random.integers(len(MAGICS)))]
     elif kind == "longer":
         content += random.bytes(int(random.integers(1, 200)))
+    elif kind == "long text":  # a library that quotes it must not fill the user's terminal
+        start = int(random.integers(min(size, 1000)))
+        content[start:start] = b"A" * int(random.integers(300, 100_000))
     else:
         start = int(random.integers(min(size, 1000) - 7))
         content[start : start + 8] = [b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\xff" * 7 + b"\x7f"][

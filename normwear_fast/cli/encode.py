@@ -247,7 +247,7 @@ def _encode(args: argparse.Namespace, settings: EncodeSettings, windows: WindowL
     except OutputError as error:
         if not progress.started:
             raise
-        print_error(str(error))
+        print_error(error)
         return 1
     for message in summary.failed.values():
         print_error(message)

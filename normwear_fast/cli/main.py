@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import NoReturn, TextIO
 
 from normwear_fast import __version__
-from normwear_fast.errors import NormWearError
+from normwear_fast.errors import NormWearError, UsageError, one_line
 
 COMMANDS = {
     "encode": ("normwear_fast.cli.encode", "recordings to embeddings"),
@@ -39,13 +39,13 @@ class _Parser(argparse.ArgumentParser):
     """Argparse whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message} ({self.prog} --help shows how)")
+        print_error(UsageError(f"{message} ({self.prog} --help shows how)"))
         raise SystemExit(2)
 
 
-def print_error(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
-    print(f"normwear-fast: error: {' '.join(message.split())}", file=sys.stderr)
+def print_error(error: NormWearError | str) -> None:
+    """One line on stderr."""
+    print(f"normwear-fast: error: {error}", file=sys.stderr)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code) if isinstance(end.code, int) else 0
     except NormWearError as error:
-        print_error(str(error))
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print_error("stopped")
@@ -109,7 +109,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"normwear-fast: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+    print(f"normwear-fast: warning: {one_line(str(message), 1000)}", file=file or sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, one_line
 
 if TYPE_CHECKING:
     from normwear_fast.config import NormWearConfig
@@ -187,7 +187,7 @@ def _config(name: str) -> NormWearConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: cannot be read as JSON ({error})") from None
+        raise UsageError(f"{name}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{name}: holds a {type(values).__name__}; it must hold a JSON object")
     ours = {"architecture": ARCHITECTURE, "format_version": FORMAT_VERSION}

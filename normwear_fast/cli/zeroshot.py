@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.errors import OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
     from normwear_fast.encode.prepare import PreparedUnit, Row, Source
@@ -304,7 +304,7 @@ class _ParquetRows:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         import pyarrow as pa
@@ -312,7 +312,7 @@ class _ParquetRows:
         try:
             self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema))
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error})") from None
+            raise OutputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
     def finish(self) -> None:
         try:
@@ -321,7 +321,7 @@ class _ParquetRows:
                 os.fsync(file.fileno())
             self._temporary.replace(self.path)
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error})") from None
+            raise OutputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
     def abandon(self) -> None:
         """Leaves nothing behind of a file that was not finished; nothing to do after one that was."""

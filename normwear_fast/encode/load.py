@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.encode.output import METADATA_KEY
-from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.errors import OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,8 +89,7 @@ def _read(folder: Path, columns: Sequence[str] | None) -> pa.Table:
             table = file.read(columns=None if columns is None else list(columns))
         except (pa.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise OutputError(
-                f"{path}: cannot be read as a part of encode's output "
-                f"({(str(error) or type(error).__name__).splitlines()[0]})"
+                f"{path}: cannot be read as a part of encode's output ({one_line(error)})"
             ) from None
         first = 0
         for index, rows in units:

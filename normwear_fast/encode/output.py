@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError
+from normwear_fast.errors import OutputError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -172,7 +172,7 @@ def writing(folder: Path) -> Iterator[None]:
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             what = "a file is in the way of that folder"
         else:
-            what = error.strerror or str(error)
+            what = one_line(error)
         raise OutputError(f"output {folder}: {what}") from error
 
 

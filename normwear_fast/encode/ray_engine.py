@@ -32,7 +32,7 @@ from normwear_fast.encode.pipeline import Embeddings, Encoded, ModelInfo, encode
 from normwear_fast.encode.prepare import Job, PreparedUnit
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings
-from normwear_fast.errors import NormWearError, UsageError
+from normwear_fast.errors import NormWearError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +85,7 @@ class RayEngine:
             import ray.data  # noqa: F401
         except ImportError as error:
             raise UsageError(
-                f"--engine ray needs Ray Data ({error}): pip install 'normwear-fast[ray]'"
+                f"--engine ray needs Ray Data ({one_line(error)}): pip install 'normwear-fast[ray]'"
             ) from None
         self._device, self._actors, self._readers = device, actors, readers
         self._connected = False
@@ -125,7 +125,7 @@ class RayEngine:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
-            why = (str(error) or type(error).__name__).splitlines()[0]
+            why = one_line(error)
             raise UsageError(f"Ray at {where} cannot be reached: {why}") from None
         self._connected = True
 
@@ -237,10 +237,9 @@ def _failure(error: Exception) -> NormWearError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, NormWearError):
         return cause
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return NormWearError(
-        f"a worker of the Ray cluster failed: {lines[-1].strip() if lines else type(error).__name__}"
-    )
+    lines = str(error).strip().splitlines()
+    said = one_line(lines[-1] if lines else type(error).__name__)
+    return NormWearError(f"a worker of the Ray cluster failed: {said}")
 
 
 def _default_threads() -> int:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from normwear_fast.encode.settings import EncodeSettings
 from normwear_fast.encode.windows import Tiling, Window, WindowList, select_channels
-from normwear_fast.errors import NormWearError, RecordingError, UsageError
+from normwear_fast.errors import NormWearError, RecordingError, UsageError, one_line
 from normwear_fast.recordings import open_recording
 from normwear_fast.recordings.base import FoundRecording
 
@@ -74,11 +74,14 @@ class Surveyed:
 
 def reason(error: BaseException, path: str | Path) -> str:
     """Which recording could not be read and why, in one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, NormWearError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
-    elif not isinstance(error, NormWearError):
-        text = f"cannot be read ({type(error).__name__}{': ' if text else ''}{text[:300]})"
+    else:
+        said = one_line(error)
+        kind = type(error).__name__
+        text = f"cannot be read ({kind if said == kind else f'{kind}: {said}'})"
     return text if text.startswith(str(path)) else f"{path}: {text}"
 
 

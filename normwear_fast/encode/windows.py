@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from normwear_fast._native import gather_windows
 from normwear_fast.encode.settings import check_duration
-from normwear_fast.errors import RecordingError, UsageError
+from normwear_fast.errors import RecordingError, UsageError, one_line
 from normwear_fast.recordings.base import Channel, Recording, first_sample
 
 BLOCK_SECONDS = 60.0
@@ -196,9 +196,9 @@ def _csv_rows(
             for row in reader:
                 yield f"{path}, line {reader.line_num}", row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: not a CSV file: {error}") from None
+        raise UsageError(f"{path}: not a CSV file: {one_line(error)}") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {one_line(error)}") from None
 
 
 def _parquet_rows(
@@ -217,7 +217,7 @@ def _parquet_rows(
                 yield f"{path}, row {number}", row
                 number += 1
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path}: not a Parquet file: {one_line(error)}") from None
 
 
 def _text(value: Any) -> str:

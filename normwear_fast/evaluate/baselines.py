@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line
 from normwear_fast.evaluate.samples import SampleSet
 
 if TYPE_CHECKING:
@@ -443,6 +443,6 @@ def _write_cache(path: Path, features: NDArray[np.float32]) -> None:
         os.replace(file.name, path)
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: features cannot be kept there ({error.strerror}); give --cache a "
+            f"{path.parent}: features cannot be kept there ({one_line(error)}); give --cache a "
             "folder that can be written, or --no-cache"
         ) from None

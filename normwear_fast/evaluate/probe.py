@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError
+from normwear_fast.errors import InputError, one_line
 from normwear_fast.evaluate import metrics
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.splits import stratified_part, subject_folds
@@ -327,7 +327,7 @@ def fit_probe(
                 tall = len(rows) > rows.shape[1]
                 model = LargeRidgeRegression() if large and tall else ridge_regression()
             probe = model.fit(rows, target[samples])
-        said = sorted({" ".join(str(warning.message).split())[:120] for warning in caught})
+        said = sorted({one_line(str(warning.message), 120) for warning in caught})
         notes += [f"scikit-learn: {message}" for message in said]
         function = probe.predict_proba if task.kind == "class" else probe.predict
         prediction = _predict(function, x, place[test])

@@ -242,7 +242,7 @@ def write_report(evaluation: Evaluation, output: Path) -> list[Path]:
     import re
 
     from normwear_fast import plots
-    from normwear_fast.errors import OutputError
+    from normwear_fast.errors import OutputError, one_line
 
     figures: list[tuple[str, Any]] = []
     for protocol in dict.fromkeys(row.protocol for row in evaluation.rows):
@@ -284,7 +284,7 @@ def write_report(evaluation: Evaluation, output: Path) -> list[Path]:
         path.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
         written.append(path)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None
     pictures: list[tuple[str, Any]] = []
     for name, figure in figures:
         stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, RecordingError, UsageError
+from normwear_fast.errors import InputError, RecordingError, UsageError, one_line
 from normwear_fast.evaluate.registry import Dataset, Task, find_released
 from normwear_fast.recordings.unpickle import load_pickle
 
@@ -362,7 +362,7 @@ def _load_folder(folder: Path) -> SampleSet:
             rows = list(reader)
             columns = reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise RecordingError(f"{path}: not a CSV in UTF-8 ({error})") from None
+        raise RecordingError(f"{path}: not a CSV in UTF-8 ({one_line(error)})") from None
     if not {"file", "label"} <= set(columns):
         raise RecordingError(f"{path}: columns {list(columns)}; `file` and `label` are needed")
     if not rows:
@@ -415,7 +415,9 @@ def _read_window(file: Path, rate: float | None) -> tuple[NDArray[np.float32], f
         except (OSError, ValueError, EOFError) as error:
             if isinstance(error, InputError):
                 raise
-            raise RecordingError(f"{file}: not a NumPy array of numbers ({error})") from None
+            raise RecordingError(
+                f"{file}: not a NumPy array of numbers ({one_line(error)})"
+            ) from None
     from normwear_fast.recordings import open_recording
 
     with open_recording(file, sampling_rate=rate) as recording:
@@ -441,7 +443,7 @@ def _load_parquet(path: Path, label: Sequence[str]) -> SampleSet:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise RecordingError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        raise RecordingError(f"{path}: not a Parquet file ({one_line(error)})") from None
     if not table.num_rows:
         raise RecordingError(f"{path}: no row in it")
     known: tuple[Dataset, tuple[Task, ...]] | None = None
@@ -530,7 +532,7 @@ def _load_npz(path: Path) -> SampleSet:
         with np.load(path, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise RecordingError(f"{path}: not an NPZ of plain arrays ({error})") from None
+        raise RecordingError(f"{path}: not an NPZ of plain arrays ({one_line(error)})") from None
     needed = ("x_train", "y_train", "x_test", "y_test", "sampling_rate")
     missing = [name for name in needed if name not in held]
     if missing:

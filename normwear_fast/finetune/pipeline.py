@@ -29,7 +29,7 @@ from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings
 from normwear_fast.encode.survey import Surveyed, survey
 from normwear_fast.encode.windows import WindowList
-from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.errors import OutputError, UsageError, one_line
 from normwear_fast.finetune.predictor import Prediction, Predictor, prediction_columns
 
 if TYPE_CHECKING:
@@ -246,4 +246,4 @@ def _write(
         _replace(output, sink.getvalue().to_pybytes())
         _sync_folder(output.parent)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None

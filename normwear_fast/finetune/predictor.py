@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.encode.prepare import NOT_FINITE, OK
 from normwear_fast.encode.settings import window_samples
-from normwear_fast.errors import InputError, OutputError, WeightsError
+from normwear_fast.errors import InputError, OutputError, WeightsError, one_line
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
@@ -213,7 +213,7 @@ class Predictor:
             _sync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = one_line(error)
             raise OutputError(f"{folder}: the model cannot be written ({reason})") from None
         finally:
             shutil.rmtree(new, ignore_errors=True)

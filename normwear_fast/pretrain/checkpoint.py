@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from normwear_fast.errors import OutputError
+from normwear_fast.errors import OutputError, one_line
 
 CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = "normwear-fast pretrain 1"
@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({_reason(error)})") from None
+        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -85,9 +85,3 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise OutputError(f"{path}: not a checkpoint of this version of pretrain")
     return state
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

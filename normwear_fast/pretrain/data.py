@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.config import SAMPLING_RATE
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,8 +155,7 @@ def _read(path: Path) -> list[pa.Array]:
             table = pq.read_table(path, columns=[SERIES])
         column = table.column(SERIES)
     except (pa.ArrowException, OSError, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise _Damaged(f"cut off, or not a shard of series ({text[:200]})") from None
+        raise _Damaged(f"cut off, or not a shard of series ({one_line(error)})") from None
     return [chunk.drop_null() for chunk in column.chunks if len(chunk)]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.errors import OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Log:
                     writer.writeheader()
                 writer.writerow(row)
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+            raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
         for key, value in row.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"{path.stem}/{key}", value, int(row["step"]))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import InputError, OutputError, UsageError
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.optimization import decays, rate_factor
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
@@ -320,7 +320,7 @@ def pretrain(
     # Fabric's own words, whatever class it chose for them.
     except Exception as error:
         raise UsageError(
-            f"devices {run.devices}, strategy {run.strategy}: {' '.join(str(error).split())}"
+            f"devices {run.devices}, strategy {run.strategy}: {one_line(error)}"
         ) from None
     task = _Task(shards, config, settings, Path(output), run, initial, probe, overwrite, say)
     report = cast(PretrainReport, fabric.launch(task))
@@ -347,7 +347,7 @@ class _Task:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.output}: cannot be made ({error.strerror})") from None
+            raise OutputError(f"{self.output}: cannot be made ({one_line(error)})") from None
         with locked(self.output) if fabric.is_global_zero else nullcontext():
             return self._train(fabric)
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import reason
+from normwear_fast.errors import RecordingError, one_line
 
 # An archive that would unpack to more than both is a bomb. Flat signals pack 500:1 as text.
 _TIMES = 100
@@ -27,7 +26,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise RecordingError(f"{path}: is a damaged zip: {reason(error)}") from error
+        raise RecordingError(f"{path}: is a damaged zip: {one_line(error)}") from error
 
 
 def safe_members(path: Path) -> dict[str, zipfile.ZipInfo]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, NormWearError, RecordingError, UsageError
+from normwear_fast.errors import InputError, NormWearError, RecordingError, UsageError, one_line
 
 Array = NDArray[np.float64]
 
@@ -234,7 +234,7 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             raise RecordingError(f"{path}: is empty (0 bytes)")
         recording = reader(path, sampling_rate=sampling_rate)
     except OSError as error:
-        raise RecordingError(f"{path}: cannot be read: {reason(error)}") from error
+        raise RecordingError(f"{path}: cannot be read: {one_line(error)}") from error
     except ImportError as error:
         raise RecordingError(
             f"{path}: reading {path.suffix} needs {error.name}; "
@@ -258,13 +258,7 @@ def refusing(path: Path, what: str = "is damaged") -> Iterator[None]:
     except (NormWearError, ImportError):
         raise
     except Exception as error:  # damaged files fail in every way
-        raise RecordingError(f"{path}: {what}: {reason(error)[:300]}") from error
-
-
-def reason(error: BaseException) -> str:
-    """A library's or the system's error in one line, without its path."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+        raise RecordingError(f"{path}: {what}: {one_line(error)}") from error
 
 
 def check_rate(path: Path, given: float | None, rates: Iterable[float]) -> None:

@@ -17,14 +17,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.archive import reading
 from normwear_fast.recordings.base import (
     Array,
     Channel,
     Recording,
     check_rate,
-    reason,
     rechunk,
     refusing,
     register_folder,
@@ -198,7 +197,7 @@ class _Sensor(Recording):
             except pa.ArrowInvalid as error:
                 if "Empty CSV" in str(error):
                     return
-                raise RecordingError(f"{self.path}: {self.name}: {reason(error)}") from error
+                raise RecordingError(f"{self.path}: {self.name}: {one_line(error)}") from error
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         size = max(1, round(seconds * self.channels[0].sampling_rate))

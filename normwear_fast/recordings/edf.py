@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, reason, register
+from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, register
 
 _FIXED = 256  # bytes of the header before the signals', and of each signal's part
 _RECORDS = slice(236, 244)  # where the number of data records is written
@@ -141,7 +141,7 @@ class EdfRecording(Recording):
             # Physical units such as "µV" are Latin-1 in the wild, though the format says ASCII.
             return read(bytes(header) + raw, header_encoding="latin-1")
         except Exception as error:  # whatever edfio meets in a damaged header
-            raise RecordingError(f"{self.path}: edfio cannot read it: {reason(error)}") from error
+            raise RecordingError(f"{self.path}: edfio cannot read it: {one_line(error)}") from error
 
     def _continuous_runs(self) -> list[_Run]:
         if self.format[4:5] != "D":
@@ -213,7 +213,7 @@ class EdfRecording(Recording):
                 )
             except ValueError as error:
                 raise RecordingError(
-                    f"{self.path}: channel {signal.label} has no calibration: {reason(error)}"
+                    f"{self.path}: channel {signal.label} has no calibration: {one_line(error)}"
                 ) from error
             unit = signal.physical_dimension
             if flat:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import (
     Array,
     Channel,
@@ -150,9 +150,9 @@ class MneRecording(PartedRecording):
             self._raw = self._reader(mne)(os.path.abspath(path), preload=False, verbose="ERROR")
             self._check_raw(self._raw)
             whole = _Raw(path, self._raw)
-        for text in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
+        for text in dict.fromkeys(one_line(str(warning.message), 200) for warning in caught):
             if "naming conventions" not in text and "deprecat" not in text.lower():
-                self.notes += (f"mne: {text[:200]}",)
+                self.notes += (f"mne: {text}",)
         self.start_time = whole.start_time
         self._combine([whole], [0.0])
         check_rate(path, sampling_rate, (channel.sampling_rate for channel in self.channels))

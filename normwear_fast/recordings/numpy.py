@@ -12,13 +12,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import (
     Array,
     Channel,
     Recording,
     check_rate,
-    reason,
     rechunk,
     register,
 )
@@ -54,7 +53,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         else:
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except Exception as error:  # NumPy parses the header as Python, which fails in many ways
-        raise RecordingError(f"{where}: is no NumPy array: {reason(error)}") from error
+        raise RecordingError(f"{where}: is no NumPy array: {one_line(error)}") from error
     return _Header(shape, dtype, fortran, file.tell())
 
 
@@ -134,7 +133,7 @@ class NpzRecording(Recording):
                     if name in members
                 }
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise RecordingError(f"{path}: is no NPZ file: {reason(error)}") from error
+            raise RecordingError(f"{path}: is no NPZ file: {one_line(error)}") from error
         self._members = {name: info.filename for name, info in members.items()}
         self._headers = headers
 
@@ -243,4 +242,4 @@ class NpzRecording(Recording):
                     if start + count < length:
                         member.seek((stride - 1) * item, 1)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise RecordingError(f"{self.path}: {name} is damaged: {reason(error)}") from error
+            raise RecordingError(f"{self.path}: {name} is damaged: {one_line(error)}") from error

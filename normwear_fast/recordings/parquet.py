@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import Array, reason, register, split_units
+from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.recordings.base import Array, register, split_units
 from normwear_fast.recordings.clock import TimeColumn, time_column
 from normwear_fast.recordings.table import TableRecording
 
@@ -35,7 +35,7 @@ class ParquetRecording(TableRecording):
                 schema = file.schema_arrow
                 rows = file.metadata.num_rows
         except (pa.ArrowInvalid, pa.ArrowException, ValueError) as error:
-            raise RecordingError(f"{path}: is no Parquet file: {reason(error)}") from error
+            raise RecordingError(f"{path}: is no Parquet file: {one_line(error)}") from error
         if len(set(schema.names)) < len(schema.names):
             raise RecordingError(f"{path}: has two columns of one name")
         if not rows:
@@ -117,7 +117,7 @@ class ParquetRecording(TableRecording):
                     row += batch.num_rows
                     yield times, [_floats(batch.column(name)) for name in columns]
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise RecordingError(f"{self.path}: is damaged: {reason(error)}") from error
+            raise RecordingError(f"{self.path}: is damaged: {one_line(error)}") from error
 
 
 def _wall_clock(value: Any) -> datetime | None:

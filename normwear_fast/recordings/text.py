@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import Array, reason, register, split_units
+from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.recordings.base import Array, register, split_units
 from normwear_fast.recordings.clock import TimeColumn, time_column
 from normwear_fast.recordings.e4 import is_e4_file
 from normwear_fast.recordings.table import TableRecording
@@ -244,12 +244,14 @@ class TextRecording(TableRecording):
 
     def _explain(self, error: Exception) -> str:
         """pyarrow's message with the column's name instead of its place."""
-        text = reason(error)
-        bad = re.search(r"CSV column #(\d+): Row #(\d+): .*? to (\S+):.*? '(.*)'", text)
+        bad = re.search(
+            r"CSV column #(\d+): Row #(\d+): .*? to (\S+):.*? '(.*)'", " ".join(str(error).split())
+        )
         if bad:
             title = self._names[int(bad[1])].split(": ", 1)[1] or f"column {int(bad[1]) + 1}"
             right = "a number" if bad[3] == "double" else "a time like the first row's"
-            return f"{self.path}: row {bad[2]}, column {title!r}: {bad[4]!r} is not {right}"
+            return f"{self.path}: row {bad[2]}, column {title!r}: {one_line(bad[4], 60)!r} is not {right}"
+        text = one_line(error)
         if "straddling" in text:
             return f"{self.path}: has a line of over 1 MB; one row is one sample of every channel"
         ragged = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", text)

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar, cast
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 
 # Bool, integers, floats, complex, bytes and text: no object, structured or datetime dtype.
 _KINDS = "?biufcSU"
@@ -321,9 +321,9 @@ def load_pickle(path: str | Path, *, encoding: str = "ASCII") -> Any:
             value = _Unpickler(file, path.stat().st_size, encoding).load()
         _check(value)
     except OSError as error:
-        raise RecordingError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RecordingError(f"{path}: cannot be read: {one_line(error)}") from None
     except Exception as error:  # a hostile pickle can fail in any operation
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = one_line(error)
         raise RecordingError(
             f"{path}: refused as a pickle of arrays and plain values: {why}"
         ) from None

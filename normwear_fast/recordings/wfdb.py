@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import (
     Array,
     Channel,
     Recording,
     check_rate,
-    reason,
     register,
     without_first,
 )
@@ -284,7 +283,7 @@ def _read_header(path: Path) -> Any:
     try:
         header = wfdb.rdheader(str(path.with_suffix("").absolute()))
     except Exception as error:  # the parser fails in many ways on text that is no header
-        raise RecordingError(f"{path}: is no WFDB header: {reason(error)}") from error
+        raise RecordingError(f"{path}: is no WFDB header: {one_line(error)}") from error
     if header.fs is None or header.n_sig is None:
         raise RecordingError(f"{path}: is no WFDB header: no sampling rate or number of signals")
     return header
@@ -344,7 +343,7 @@ def _check_file(
         try:
             info = soundfile.info(str(file))
         except Exception as error:
-            raise RecordingError(f"{file}: is no FLAC file: {reason(error)}") from error
+            raise RecordingError(f"{file}: is no FLAC file: {one_line(error)}") from error
         frames = max(0, info.frames - offset) // signals[0].samples_per_frame
         if declared is not None and frames < declared:
             raise RecordingError(
@@ -388,7 +387,7 @@ def _read_frames(segment: _Segment, places: set[int], low: int, high: int) -> di
             )
         except Exception as error:
             raise RecordingError(
-                f"{segment.path}: frames {begin} to {end} cannot be read: {reason(error)}"
+                f"{segment.path}: frames {begin} to {end} cannot be read: {one_line(error)}"
             ) from error
         for place, data in zip(group, record.e_p_signal, strict=True):
             result[place][: data.size] = data

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwear_fast.errors import OutputError, WeightsError
+from normwear_fast.errors import OutputError, WeightsError, one_line
 from normwear_fast.weights import (
     FUSION_PREFIX,
-    _error,
     _locate,
     _own_storage,
     _sha256,
@@ -66,7 +65,7 @@ def fusion_from_state_dict(state_dict: Mapping[str, Tensor], label: str) -> MSiT
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
     if len(prefixes) != 1:
         found = "none" if not prefixes else f"{len(prefixes)}, under {', '.join(prefixes)}"
-        raise _error(
+        raise WeightsError(
             f"{label}: must hold one fusion module ({_ANCHOR}, k.weight, ...), bare or under "
             f"{FUSION_PREFIX}; it holds {found}"
         )
@@ -78,7 +77,7 @@ def fusion_from_state_dict(state_dict: Mapping[str, Tensor], label: str) -> MSiT
     }
     anchor, key = own[_ANCHOR], own.get("k.weight")
     if anchor.ndim != 2 or key is None or key.ndim != 2:
-        raise _error(f"{label}: {_ANCHOR} and k.weight must be there, as matrices")
+        raise WeightsError(f"{label}: {_ANCHOR} and k.weight must be there, as matrices")
     with torch.device("meta"):
         module = MSiTF(embed_dim=anchor.shape[1], query_dim=key.shape[0])
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -96,13 +95,13 @@ def fusion_from_state_dict(state_dict: Mapping[str, Tensor], label: str) -> MSiT
     }
     if any(lists.values()):
         found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
-        raise _error(
+        raise WeightsError(
             f"{label}: no fusion module of widths {module.embed_dim} and {module.query_dim}: "
             f"{found}"
         )
     for name, value in own.items():
         if not torch.isfinite(value).all():
-            raise _error(f"{label}: {name} holds NaN or infinity; every value must be finite")
+            raise WeightsError(f"{label}: {name} holds NaN or infinity; every value must be finite")
     # Copies: a file's pages must not back parameters that training will write.
     module.load_state_dict(
         {name: value.to(torch.float32, copy=True) for name, value in own.items()}, assign=True
@@ -145,7 +144,7 @@ def save_fusion(module: MSiTF, folder: str | Path) -> None:
             new_description.replace(folder / DESCRIPTION_FILE)
         _sync(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = one_line(error)
         raise OutputError(f"{folder}: fusion module cannot be written ({reason})") from None
 
 
@@ -153,7 +152,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
+        raise WeightsError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
         raise WeightsError(f"{path}: must be a JSON object of format_version {FORMAT_VERSION}")
     return values

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast.errors import InputError, WeightsError
+from normwear_fast.errors import InputError, WeightsError, one_line
 
 RELEASED_TEXT_ENCODER = "muzammil-eds/tinyllama-2.5T-Clinical-v2"
 """Hugging Face id of the text encoder the released fusion module was trained with, 2048 wide."""
@@ -203,7 +203,7 @@ def _load(source: str, offline: bool) -> tuple[Any, Any]:
             # Safetensors or, where a repository has only those, .bin files read with weights_only.
             model = AutoModel.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error)
         advice = (
             "check its files"
             if Path(source).is_dir()
@@ -234,7 +234,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
+        raise WeightsError(f"{path}: not readable as JSON ({one_line(error)})") from error
 
 
 def _pooling(path: Path) -> str:

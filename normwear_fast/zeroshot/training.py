@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, one_line
 from normwear_fast.packing import plan_units
 from normwear_fast.zeroshot.fusion import MSiTF, score_options
 from normwear_fast.zeroshot.text import TextEncoder
@@ -438,7 +438,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not an NPZ file of plain arrays ({error})") from None
+        raise InputError(f"{path}: not an NPZ file of plain arrays ({one_line(error)})") from None
     for name in ("label", "task"):
         if name in columns:
             columns[name] = columns[name].reshape(-1).tolist()
@@ -459,7 +459,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file ({error})") from None
+        raise InputError(f"{path}: not a Parquet file ({one_line(error)})") from None
     columns: dict[str, Any] = {
         name: table[name].to_pylist() for name in table.column_names if name != "data"
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_wording(path: str | Path) -> dict[str, TaskWording]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from error
+        raise UsageError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(content, dict) or not content:
         raise UsageError(f"{path}: must be an object of tasks, task name to wording")
     return {name: _parse(path, name, task) for name, task in content.items()}

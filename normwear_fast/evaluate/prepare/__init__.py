@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError, RecordingError, UsageError
+from normwear_fast.errors import OutputError, RecordingError, UsageError, one_line
 from normwear_fast.evaluate.prepare.common import Piece, to_model_rate
 from normwear_fast.evaluate.registry import Dataset, get_dataset
 from normwear_fast.evaluate.samples import PARQUET_TASKS, SAMPLE_FOLDER, SPLIT_FILE
@@ -92,7 +92,7 @@ def prepare(
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}-"))
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None
     try:
         prepared = _write(dataset, raw, work, output, seed)
         work.chmod(0o755)
@@ -100,7 +100,7 @@ def prepare(
             shutil.rmtree(output)
         os.replace(work, output)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from None
+        raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return prepared

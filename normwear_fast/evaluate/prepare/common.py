@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, RecordingError
+from normwear_fast.errors import InputError, RecordingError, one_line
 
 Label = int | float | tuple[float, ...]
 
@@ -93,7 +93,7 @@ def read_columns(path: Path, delimiter: str | None = None) -> NDArray[np.float64
         with path.open(encoding="utf-8-sig") as file:
             values = np.loadtxt(file, delimiter=delimiter, ndmin=2)
     except (OSError, ValueError) as error:
-        raise RecordingError(f"{path}: not a table of numbers ({error})") from None
+        raise RecordingError(f"{path}: not a table of numbers ({one_line(error)})") from None
     if not values.size:
         raise RecordingError(f"{path}: no numbers in it")
     return values
@@ -105,7 +105,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if any(field.strip() for field in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecordingError(f"{path}: not a CSV in UTF-8 ({error})") from None
+        raise RecordingError(f"{path}: not a CSV in UTF-8 ({one_line(error)})") from None
     if len(rows) < 2:
         raise RecordingError(f"{path}: no rows in it")
     return [name.strip() for name in rows[0]], rows[1:]
@@ -187,7 +187,7 @@ def read_xlsx(path: Path) -> list[list[str]]:
                     raise RecordingError(f"{path}: a row of {width} cells")
                 rows.append([cells.get(index, "").strip() for index in range(width)])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError, SyntaxError) as error:
-        raise RecordingError(f"{path}: not a plain .xlsx workbook ({error})") from None
+        raise RecordingError(f"{path}: not a plain .xlsx workbook ({one_line(error)})") from None
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.evaluate.prepare.common import (
     Piece,
     check_sums,
@@ -62,7 +62,7 @@ def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
         try:
             rate, values = wavfile.read(path)
         except ValueError as error:
-            raise RecordingError(f"{path}: not a WAV file ({error})") from None
+            raise RecordingError(f"{path}: not a WAV file ({one_line(error)})") from None
         if values.ndim != 1 or rate != dataset.sampling_rates[0]:
             raise RecordingError(
                 f"{path}: shape {values.shape} at {rate} Hz; one channel at "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.evaluate.prepare.common import Piece, column, find_root, number, read_xlsx
 from normwear_fast.evaluate.prepare.common import read_csv as read_csv_table
 from normwear_fast.evaluate.registry import Dataset
@@ -80,7 +80,7 @@ def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
         try:
             values = np.array(path.read_text(encoding="utf-8-sig").split(), dtype=np.float64)
         except ValueError as error:
-            raise RecordingError(f"{path}: not tab-separated numbers ({error})") from None
+            raise RecordingError(f"{path}: not tab-separated numbers ({one_line(error)})") from None
         if not len(values):
             raise RecordingError(f"{path}: no numbers in it")
         yield Piece(subject, ((values, dataset.sampling_rates[0]),), labels[subject])
