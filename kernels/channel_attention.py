@@ -182,14 +182,16 @@ def channel_attention_kernel(
             PRECISION=PRECISION,
         )
         k_block += BLOCK_N * key_value_stride
+    # In 64 bits: a sequence of 932,000 tokens has 2^31 values of qkv before its last block.
+    k_at += full.to(tl.int64) * key_value_stride
     tail = tl.arange(0, BLOCK_TAIL)
-    for start in tl.range(full, keys, BLOCK_TAIL, num_stages=1):
+    for start in tl.range(0, keys - full, BLOCK_TAIL, num_stages=1):
         k_tail = k_at + (start + tail)[:, None] * key_value_stride + feature[None, :]
         highest, total, summed = _attend(
             q,
             k_tail,
             k_tail + HEADS * HEAD_SIZE,
-            start + tail < keys,
+            start + tail < keys - full,
             highest,
             total,
             summed,

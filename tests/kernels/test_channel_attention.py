@@ -121,6 +121,20 @@ def test_tables_of_fixed_size(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_keys_beyond_32_bits():
+    """A sequence of a million tokens in few: rows 2^25 values apart, on pages never touched."""
+    rng = np.random.default_rng()
+    sequences, stride = Segments([71], CPU), 2**25
+    qkv = draw(rng, 71, 16, 1, BFLOAT16)
+    far = torch.empty(71 * stride, dtype=BFLOAT16).as_strided((71, 32), (stride, 1))
+    far.copy_(qkv[:, 16:])
+    exact = operators.channel_attention(
+        qkv[:, :16].double(), far.double(), sequences, sequences, 1
+    )
+    got = channel_attention(qkv[:, :16], far, sequences, sequences, 1)
+    close(got, exact, far[:, 16:].abs().max())
+
+
 def test_a_neighbour_of_nan_and_large_scores():
     """What is not a segment's own cannot reach it; the largest score may be anywhere."""
     rng = np.random.default_rng()
