@@ -34,10 +34,8 @@ from normwear_fast.preprocess import (
     Normalization,
     Preprocessing,
     _check_choices,
-    _filter_sum,
     _low_pass,
     _polyphase_filter,
-    _rational,
     _signal,
     _simple_ratio,
     _taps,
@@ -402,9 +400,8 @@ def _filter(rate: float, samples: int, delay: int) -> Filter:
         ratio = rate / TARGET_RATE
         half = HALF_WIDTH * ratio
         (block,) = _taps(-delay / TICKS, ratio, samples, half, samples)
-        exact = min((_rational(rate) / _rational(TARGET_RATE)).numerator, 1 << 15)
-        gain = exact / _filter_sum(exact) / ratio
-        weights = gain * _low_pass(block[1] / ratio)
+        weights = _low_pass(block[1] / ratio)
+        weights /= weights.sum(axis=1, keepdims=True)
         return block[0][:, 0].astype(np.int32), outputs.astype(np.int32), weights.T.copy(), False
     taps, lowest, highest = _polyphase_filter(down, up, delay)
     # Outputs `up` apart take the same taps, `down` inputs further on.
