@@ -21,6 +21,17 @@ from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig
 from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
+from normwear_fast.inputs import (
+    UPSTREAM_RESAMPLES_ABOVE,
+    Resample,
+    as_float_array,
+    check_finite,
+    check_rate,
+    prepare,
+    rate_list,
+    samples_at_model_rate,
+    window_list,
+)
 from normwear_fast.mne import is_mne, windows_of
 from normwear_fast.operators import Pool, register_model
 from normwear_fast.packing import (
@@ -37,10 +48,6 @@ from normwear_fast.scalograms import scalogram
 from normwear_fast.transfer import Transfers
 
 ChannelPool = Literal["keep", "mean", "concat"]
-Resample = Literal["upstream", "always", "never"]
-
-UPSTREAM_RESAMPLES_ABOVE = 256.0
-"""Hz; the published ``get_embedding`` feeds anything at or below this rate as it is."""
 
 WORKSPACE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
 """Activation buffers kept between calls; a larger window's are freed after it."""
@@ -467,15 +474,15 @@ class FastNormWear(ReferenceNormWear):
         if isinstance(sample_data, Tensor):
             x = sample_data
         else:
-            x = torch.from_numpy(np.ascontiguousarray(_as_float_array(sample_data)))
+            x = torch.from_numpy(np.ascontiguousarray(as_float_array(sample_data)))
         if x.ndim != 3:
             raise InputError(
                 f"sample_data is {tuple(x.shape)}; it must be (batch, channels, samples)"
             )
         if not x.is_floating_point():
             x = x.float()
-        _check_rate(sampling_rate)
-        _check_finite(x.detach())
+        check_rate(sampling_rate)
+        check_finite(x.detach())
         x = x.to(self.device, self._series_dtype())
         if resample not in ("upstream", "always", "never"):
             raise InputError(
@@ -638,10 +645,10 @@ class FastNormWear(ReferenceNormWear):
             raise InputError(f"missing is {missing!r}; it must be 'error' or 'interpolate'")
         if is_mne(windows):
             windows, sampling_rate = windows_of(windows)
-        items = _window_list(windows)
-        rates = _rate_list(sampling_rate, len(items))
+        items = window_list(windows)
+        rates = rate_list(sampling_rate, len(items))
         shapes = [
-            (item.shape[0], _samples_at_model_rate(item.shape[1], rate, resample))
+            (item.shape[0], samples_at_model_rate(item.shape[1], rate, resample))
             for item, rate in zip(items, rates, strict=True)
         ]
         counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
@@ -652,7 +659,7 @@ class FastNormWear(ReferenceNormWear):
         with _progress(show_progress_bar, len(items)) as advance:
             for unit in plan_units(counts, UNIT_BATCHES * budget):
                 prepared = [
-                    _prepare(items[i], rates[i], shapes[i][1], resample, missing, i) for i in unit
+                    prepare(items[i], rates[i], shapes[i][1], resample, missing, i) for i in unit
                 ]
                 for i, part in self._run_unit(prepared, pool, batch_tokens, precision):
                     outputs.put(unit[i], _pool_channels(part, channels))
@@ -692,114 +699,6 @@ def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> Folded
         return value
 
     return cast(FoldedEncoder, mapped(folded))
-
-
-def _as_float_array(values: ArrayLike) -> NDArray[Any]:
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiub":
-        raise InputError(f"values are {array.dtype}; they must be real numbers")
-    return array if array.dtype.kind == "f" else array.astype(np.float64)
-
-
-def _window_list(windows: Any) -> list[NDArray[Any]]:
-    if isinstance(windows, Tensor):
-        windows = windows.detach().cpu().numpy()
-    if isinstance(windows, np.ndarray) and windows.dtype != object:
-        if windows.ndim != 3:
-            raise InputError(
-                f"windows is an array {windows.shape}; it must be (windows, channels, samples)"
-            )
-        windows = list(windows)
-    items = []
-    for i, window in enumerate(windows):
-        if isinstance(window, Tensor):
-            window = window.detach().cpu().numpy()
-        array = _as_float_array(window)
-        if array.ndim != 2 or array.shape[0] == 0:
-            raise InputError(f"window {i} is {array.shape}; it must be (channels, samples)")
-        items.append(array)
-    return items
-
-
-def _check_rate(rate: float) -> None:
-    if not (np.isfinite(rate) and rate > 0):
-        raise InputError(f"sampling_rate is {rate!r}; it must be a positive number of Hz")
-
-
-def _rate_list(sampling_rate: float | Sequence[float], count: int) -> list[float]:
-    if np.ndim(sampling_rate) == 0:
-        rates = [float(cast(float, sampling_rate))] * count
-    else:
-        rates = [float(rate) for rate in cast(Sequence[float], sampling_rate)]
-        if len(rates) != count:
-            raise InputError(f"sampling_rate has {len(rates)} values for {count} windows")
-    for rate in set(rates):
-        _check_rate(rate)
-    return rates
-
-
-def _check_finite(x: Tensor) -> None:
-    """The first window and channel with a missing value, named."""
-    finite = torch.isfinite(x).all(-1)
-    if not bool(finite.all()):
-        window, channel = (int(i) for i in (~finite).nonzero()[0])
-        raise InputError(
-            f"window {window}, channel {channel} holds NaN or inf; fill it, or use "
-            "encode(..., missing='interpolate')"
-        )
-
-
-def _samples_at_model_rate(samples: int, rate: float, resample: str) -> int:
-    if resample == "always":
-        return round(samples / rate * SAMPLING_RATE)
-    if resample == "never":
-        return samples
-    if resample != "upstream":
-        raise InputError(f"resample is {resample!r}; it must be 'always', 'never' or 'upstream'")
-    if rate <= UPSTREAM_RESAMPLES_ABOVE:
-        return samples
-    from normwear_fast.preprocess import sinc_samples
-
-    return sinc_samples(samples, rate)
-
-
-def _prepare(
-    window: NDArray[Any], rate: float, samples: int, resample: str, missing: str, index: int
-) -> NDArray[np.float32]:
-    """One window, checked and brought to the model's rate."""
-    finite = np.isfinite(window).all(axis=1)
-    if not finite.all():
-        channel = int(np.flatnonzero(~finite)[0])
-        if missing == "error":
-            raise InputError(
-                f"window {index}, channel {channel} holds NaN or inf; fill it, or pass "
-                "missing='interpolate'"
-            )
-        from normwear_fast.preprocess import fill_missing
-
-        window, fractions = fill_missing(window)
-        if (fractions == 1).any():
-            channel = int(np.flatnonzero(fractions == 1)[0])
-            raise InputError(
-                f"window {index}, channel {channel} holds no value to interpolate from"
-            )
-    if samples < MIN_SAMPLES:
-        raise InputError(
-            f"window {index} has {samples} samples at {SAMPLING_RATE:g} Hz; {MIN_SAMPLES} are needed"
-        )
-    if resample == "always" and (rate != SAMPLING_RATE or window.shape[1] != samples):
-        from normwear_fast.preprocess import resample_window
-
-        window = resample_window(window, rate, samples)
-    elif resample == "upstream" and rate > UPSTREAM_RESAMPLES_ABOVE:
-        from normwear_fast.preprocess import resample_sinc
-
-        window = resample_sinc(np.asarray(window, np.float32), rate)
-    with np.errstate(over="ignore"):
-        prepared = np.ascontiguousarray(window, dtype=np.float32)
-    if not np.isfinite(prepared).all():
-        raise InputError(f"window {index} holds values beyond float32; rescale it")
-    return prepared
 
 
 def _pool_channels(part: Tensor, channels: ChannelPool) -> Tensor:

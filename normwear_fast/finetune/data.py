@@ -31,7 +31,7 @@ from normwear_fast.encode.windows import (
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.samples import SampleSet, _own_task, _parse_label
-from normwear_fast.model import _rate_list, _window_list
+from normwear_fast.inputs import rate_list, window_list
 from normwear_fast.preprocess import prepare_window
 from normwear_fast.recordings.base import FoundRecording
 
@@ -220,14 +220,14 @@ class LabelledWindows:
         Raises:
             InputError: windows of other forms, or labels, subjects and windows that do not match.
         """
-        arrays = _window_list(windows)
+        arrays = window_list(windows)
         count = len(arrays)
         for name, given in (("labels", labels), ("subjects", subjects), ("split", split)):
             if given is not None and len(given) != count:
                 raise InputError(f"{len(given)} {name} for {count} windows")
         if not count:
             raise InputError("no labelled window")
-        rates = _rate_list(sampling_rate, count)
+        rates = rate_list(sampling_rate, count)
         where = [f"window {index}" for index in range(count)]
         values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
         kind, column = _task("label", values, where, task)

@@ -34,7 +34,8 @@ from normwear_fast.errors import InputError, OutputError, WeightsError, one_line
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
-from normwear_fast.model import FastNormWear, _rate_list, _window_list
+from normwear_fast.inputs import rate_list, window_list
+from normwear_fast.model import FastNormWear
 from normwear_fast.weights import (
     WEIGHTS_FILE,
     _own_storage,
@@ -138,8 +139,8 @@ class Predictor:
         Raises:
             InputError: another number of channels or another length than trained on (named).
         """
-        arrays = _window_list(windows)
-        rates = _rate_list(sampling_rate, len(arrays))
+        arrays = window_list(windows)
+        rates = rate_list(sampling_rate, len(arrays))
         for index, (array, rate) in enumerate(zip(arrays, rates, strict=True)):
             self._check(array.shape[0], array.shape[1] / rate, f"window {index}")
         preparation = self.preparation

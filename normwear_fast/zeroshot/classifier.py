@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.errors import InputError
+from normwear_fast.inputs import prepare, rate_list, samples_at_model_rate, window_list
 from normwear_fast.packing import plan_units
 from normwear_fast.zeroshot.fusion import FusionTerms, MSiTF, score_options
 from normwear_fast.zeroshot.text import TextEncoder
@@ -157,16 +158,14 @@ class ZeroShotClassifier:
         batch_tokens: int | None,
     ) -> Iterator[list[Tensor]]:
         """Token embeddings of consecutive windows, a group at most the budget (or one window)."""
-        from normwear_fast import model as encoder
-
         model = self.model
         self.fusion.to(model.device)
-        items = encoder._window_list(windows)
+        items = window_list(windows)
         if not items:
             raise InputError("no window to classify")
-        rates = encoder._rate_list(sampling_rate, len(items))
+        rates = rate_list(sampling_rate, len(items))
         samples = [
-            encoder._samples_at_model_rate(item.shape[1], rate, "always")
+            samples_at_model_rate(item.shape[1], rate, "always")
             for item, rate in zip(items, rates, strict=True)
         ]
         counts = [
@@ -174,9 +173,7 @@ class ZeroShotClassifier:
             for item, n in zip(items, samples, strict=True)
         ]
         for unit in plan_units(counts, batch_tokens or model.batch_tokens_default()):
-            prepared = [
-                encoder._prepare(items[i], rates[i], samples[i], "always", missing, i) for i in unit
-            ]
+            prepared = [prepare(items[i], rates[i], samples[i], "always", missing, i) for i in unit]
             group: list[Tensor | None] = [None] * len(prepared)
             for i, tokens in model._run_unit(prepared, "patch", batch_tokens, None):
                 group[i] = tokens

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.errors import InputError, UsageError, one_line
+from normwear_fast.inputs import prepare, samples_at_model_rate
 from normwear_fast.packing import plan_units
 from normwear_fast.zeroshot.fusion import MSiTF, score_options
 from normwear_fast.zeroshot.text import TextEncoder
@@ -236,10 +237,8 @@ def _encode(
     store: TokenStore,
     progress: Callable[[str], None],
 ) -> None:
-    from normwear_fast import model as encoder
-
     samples = [
-        encoder._samples_at_model_rate(window.shape[1], rate, "always")
+        samples_at_model_rate(window.shape[1], rate, "always")
         for window, rate in zip(data.windows, data.sampling_rates, strict=True)
     ]
     counts = [
@@ -248,9 +247,7 @@ def _encode(
     ]
     for unit in plan_units(counts, model.batch_tokens_default()):
         prepared = [
-            encoder._prepare(
-                data.windows[i], data.sampling_rates[i], samples[i], "always", "error", i
-            )
+            prepare(data.windows[i], data.sampling_rates[i], samples[i], "always", "error", i)
             for i in unit
         ]
         for tokens in model.encode_unit(prepared, pool="patch"):
