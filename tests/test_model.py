@@ -389,7 +389,10 @@ def test_freeze_keeps_encoding_and_drops_the_rest():
     assert held > 0
     assert not list(model.parameters())
     assert np.array_equal(model.encode(x), before)
-    assert np.abs(model.get_embedding(x).mean(2).numpy() - before).max() < 1e-6
+    tokens = model.get_embedding(x)
+    # Two orders of a sum of so many values: seen 1.2e-6.
+    bound = tokens.shape[2] * torch.finfo(torch.float32).eps * float(tokens.abs().max())
+    assert np.abs(tokens.mean(2).numpy() - before).max() <= bound
     model.to("cpu")
     assert np.array_equal(model.encode(x), before)
     with pytest.raises(UsageError, match="frozen"):
