@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class NormWearError(Exception):
     """Base of all errors that are the input's fault; commands print it without a traceback.
@@ -59,3 +63,35 @@ def one_line(error: BaseException | str, length: int = 300) -> str:
         end = length // 3
         text = f"{text[: length - end - 5]} ... {text[-end:]}"
     return text.strip() or ("" if isinstance(error, str) else type(error).__name__)
+
+
+@contextmanager
+def reading(path: str | Path, kind: type[NormWearError], what: str) -> Iterator[None]:
+    """Whatever goes wrong in the reading of a file becomes the one line that a user gets.
+
+    A damaged file makes a library raise almost anything: its own errors and those of zlib, struct,
+    zipfile or Python's parser, for want of memory too. All of it is caught, so that only other
+    people's code and plain conversions belong under this. Our own errors pass as they are.
+
+    Args:
+        path: the file, or the place in it.
+        kind: of the error.
+        what: is wrong, in words that say what would be right, as "not a Parquet file".
+    """
+    try:
+        yield
+    except (NormWearError, ImportError):
+        raise
+    except Exception as error:
+        raise kind(f"{path}: {what} ({one_line(error)})") from error
+
+
+@contextmanager
+def within(where: str | Path) -> Iterator[None]:
+    """Names the file, or the place in it, before our errors of code that was given its values alone."""
+    try:
+        yield
+    except NormWearError as error:
+        if str(error).startswith(str(where)):
+            raise
+        raise type(error)(f"{where}: {error}") from None

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from normwear_fast.errors import InputError, NormWearError, RecordingError, WeightsError, one_line
+from normwear_fast.errors import (
+    InputError,
+    NormWearError,
+    RecordingError,
+    WeightsError,
+    one_line,
+    reading,
+    within,
+)
 from normwear_fast.recordings import open_recording
 
 
@@ -55,3 +64,28 @@ def test_a_member_name_as_long_as_the_file(tmp_path: Path) -> None:
         open_recording(path)
     assert str(refusal.value).startswith(f"{path}: is no NPZ file: File name in directory")
     assert len(str(refusal.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    "error", [zlib.error("bad"), MemoryError(), RecursionError(), KeyError("a")]
+)
+def test_whatever_a_library_raises_is_a_line_of_ours(error: Exception) -> None:
+    with (
+        pytest.raises(RecordingError, match=r"^x\.npz: no NPZ \(") as caught,
+        reading("x.npz", RecordingError, "no NPZ"),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [InputError("y: its own words"), ImportError("h5py")])
+def test_our_own_words_and_a_missing_library_pass(error: Exception) -> None:
+    with pytest.raises(type(error), match=f"^{error}$"), reading("x", RecordingError, "is damaged"):
+        raise error
+
+
+def test_a_place_is_named_once() -> None:
+    with pytest.raises(InputError, match=r"^l\.csv, line 3: no label$"), within("l.csv, line 3"):
+        raise InputError("no label")
+    with pytest.raises(InputError, match=r"^l\.csv, line 3: no label$"), within("l.csv"):
+        raise InputError("l.csv, line 3: no label")

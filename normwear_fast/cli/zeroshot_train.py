@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from normwear_fast.cli.zeroshot import add_model_arguments, load_model
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, within
 
 HELP = "train the zero-shot fusion module on labelled windows"
 EXAMPLE = """\
@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     )
     wording = WORDING | (load_wording(args.wording) if args.wording else {})
     try:
-        data = at_model_rate(read_labelled(args.data, task=args.task), args.preprocess)
+        data = read_labelled(args.data, task=args.task)
+        with within(args.data):
+            data = at_model_rate(data, args.preprocess)
     except InputError as error:
         raise UsageError(str(error)) from None
     model = load_model(args)

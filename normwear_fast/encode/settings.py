@@ -117,7 +117,7 @@ def window_samples(duration: float) -> int:
 
 def check_duration(duration: float | None, what: str) -> None:
     """A UsageError that names ``what`` unless the model can take a window of ``duration`` seconds."""
-    if not isinstance(duration, int | float) or not 0 < duration < math.inf:
+    if not isinstance(duration, int | float) or not 0 < duration * SAMPLING_RATE < math.inf:
         raise UsageError(f"{what} is {duration} s; it must be above 0")
     if window_samples(duration) < MIN_SAMPLES:
         raise UsageError(

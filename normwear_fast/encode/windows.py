@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from normwear_fast._native import gather_windows
 from normwear_fast.encode.settings import check_duration
-from normwear_fast.errors import RecordingError, UsageError, one_line
+from normwear_fast.errors import RecordingError, UsageError, reading
 from normwear_fast.recordings.base import Channel, Recording, first_sample
 
 BLOCK_SECONDS = 60.0
@@ -186,28 +186,25 @@ def table_rows(
 def _csv_rows(
     path: Path, check: Callable[[Iterable[str]], None]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            sample = file.readline()
-            file.seek(0)
-            delimiter = max(",;\t", key=sample.count)
-            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            check(reader.fieldnames or ())
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: not a CSV file: {one_line(error)}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {one_line(error)}") from None
+    with (
+        reading(path, UsageError, "not a CSV file"),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
+        sample = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=sample.count)
+        reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
+        check(reader.fieldnames or ())
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", row
 
 
 def _parquet_rows(
     path: Path, check: Callable[[Iterable[str]], None], known: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with reading(path, UsageError, "not a Parquet file"):
         file = pq.ParquetFile(path)
         check(file.schema_arrow.names)
         wanted = [n for n in file.schema_arrow.names if known is None or n in known]
@@ -216,8 +213,6 @@ def _parquet_rows(
             for row in batch.to_pylist():
                 yield f"{path}, row {number}", row
                 number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not a Parquet file: {one_line(error)}") from None
 
 
 def _text(value: Any) -> str:
@@ -227,7 +222,7 @@ def _text(value: Any) -> str:
 def _seconds(value: Any, name: str, where: str) -> float:
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not math.isfinite(seconds):
         raise UsageError(f"{where}: {name} is {value!r}; it must be a number of seconds")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, RecordingError, UsageError, one_line
+from normwear_fast.errors import InputError, RecordingError, UsageError, reading, within
 from normwear_fast.evaluate.registry import Dataset, Task, find_released
+from normwear_fast.files import fits, read_json, read_npy, read_npz, read_parquet
+from normwear_fast.recordings.base import RATES
 from normwear_fast.recordings.unpickle import load_pickle
 
 SAMPLE_FOLDER = "sample_for_downstream"
@@ -119,7 +120,8 @@ def load_samples(path: str | Path, *, label: Sequence[str] = ("label",)) -> Samp
 
 
 def _window(value: Any, where: str) -> NDArray[np.float32]:
-    data = np.asarray(value)
+    with reading(where, InputError, "data is no array of numbers"):  # lists of several lengths
+        data = np.asarray(value)
     if data.ndim == 1:
         data = data[None]
     if data.ndim != 2 or data.dtype.kind not in "biuf" or 0 in data.shape:
@@ -133,10 +135,13 @@ def _window(value: Any, where: str) -> NDArray[np.float32]:
 def _rate(value: Any, where: str) -> float:
     try:
         rate = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rate = 0.0
-    if not (np.isfinite(rate) and rate > 0):
-        raise InputError(f"{where}: sampling_rate is {value!r}; a positive number of Hz is right")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(
+            f"{where}: sampling_rate is {value!r}; a positive number of Hz is right, "
+            f"{RATES[0]:g} to {RATES[1]:g}"
+        )
     return rate
 
 
@@ -156,7 +161,9 @@ def _load_released(folder: Path) -> SampleSet:
         # Most published samples leave uid empty and begin the file's name with the subject; those
         # named subject_NN are one subject a file.
         head = file.stem.split("_")[0]
-        subjects.append(str(sample.get("uid") or "") or (file.stem if head == "subject" else head))
+        uid = sample.get("uid")
+        known_by = str(uid) if isinstance(uid, str | int | float | np.generic) and uid else ""
+        subjects.append(known_by or (file.stem if head == "subject" else head))
         raw_labels.append(_sample_labels(sample["label"], file))
     known = _known_tasks(folder)
     tasks, labels = _collect_labels(raw_labels, files, known[1] if known else None, folder)
@@ -177,13 +184,11 @@ def _known_tasks(folder: Path) -> tuple[Dataset, tuple[Task, ...]] | None:
     """The registry's entry of a prepared folder (its dataset.json) or of a published one."""
     about = folder / "dataset.json"
     if about.is_file():
-        try:
-            name = json.loads(about.read_text(encoding="utf-8"))["dataset"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise RecordingError(
-                f"{about}: not what preparation wrote; remove it or prepare again"
-            ) from None
-        return find_released(name) if isinstance(name, str) else None
+        right = "not what preparation wrote; remove it or prepare again"
+        values = read_json(about, RecordingError, right)
+        if not fits(values, {"dataset": str}):
+            raise RecordingError(f"{about}: {right}")
+        return find_released(values["dataset"])
     return find_released(folder.resolve().name)
 
 
@@ -264,7 +269,7 @@ def _numbers(values: Sequence[Any], where: Sequence[str]) -> NDArray[np.float64]
     for index, value in enumerate(values):
         try:
             row = np.atleast_1d(np.asarray(value, dtype=np.float64))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             row = np.array([np.nan])
         if row.ndim != 1 or not np.isfinite(row).all():
             raise InputError(f"{where[index]}: target {value!r}; a finite number is right")
@@ -282,10 +287,7 @@ def _read_split(path: Path, names: list[str]) -> NDArray[np.bool_] | None:
     if not path.exists():
         return None
     right = 'right is {"train": [file names], "test": [file names]}'
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: not JSON ({type(error).__name__}); {right}") from None
+    split = read_json(path, RecordingError, f"not JSON; {right}")
     if not isinstance(split, dict) or not {"train", "test"} <= set(split):
         raise RecordingError(f"{path}: {right}")
     halves = {}
@@ -313,7 +315,13 @@ def _read_split(path: Path, names: list[str]) -> NDArray[np.bool_] | None:
 
 def _own_task(name: str, values: Sequence[Any], where: Sequence[str]) -> tuple[Task, NDArray[Any]]:
     """Task and column of a user's labels: floats and lists are targets, the rest are classes."""
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    values = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
     for index, value in enumerate(values):
+        if not isinstance(value, str | bool | int | float | list | np.ndarray | None):
+            raise InputError(
+                f"{where[index]}: {name} is {value!r}; text, a number or a list of numbers is right"
+            )
         if value is None or value == "" or (isinstance(value, float) and np.isnan(value)):
             raise InputError(f"{where[index]}: no {name}; every sample needs one")
     if any(isinstance(value, float | list | np.ndarray) for value in values):
@@ -356,13 +364,13 @@ def _parse_label(text: str) -> int | float | str:
 
 def _load_folder(folder: Path) -> SampleSet:
     path = folder / "labels.csv"
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            rows = list(reader)
-            columns = reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RecordingError(f"{path}: not a CSV in UTF-8 ({one_line(error)})") from None
+    with (
+        reading(path, RecordingError, "not a CSV in UTF-8"),
+        path.open(encoding="utf-8-sig", newline="") as stream,
+    ):
+        reader = csv.DictReader(stream, strict=True)
+        rows = list(reader)
+        columns = reader.fieldnames or []
     if not {"file", "label"} <= set(columns):
         raise RecordingError(f"{path}: columns {list(columns)}; `file` and `label` are needed")
     if not rows:
@@ -383,7 +391,8 @@ def _load_folder(folder: Path) -> SampleSet:
         if not there:
             raise InputError(f"{place}: there is no file {row['file'][:200]!r}")
         rate = _rate(row["sampling_rate"], place) if row.get("sampling_rate") else None
-        window, found = _read_window(file, rate)
+        with within(place):
+            window, found = _read_window(file, rate)
         windows.append(window)
         rates.append(found)
         where.append(place)
@@ -391,8 +400,9 @@ def _load_folder(folder: Path) -> SampleSet:
     if any(isinstance(value, str) for value in values):
         values = [row["label"] for row in rows]  # "1" beside "b" is text as well
     elif any(isinstance(value, float) for value in values):
-        values = [float(value) for value in values]
-    task, column = _own_task("label", values, where)
+        values = [float(row["label"]) for row in rows]
+    with within(path):
+        task, column = _own_task("label", values, where)
     return SampleSet(
         name=folder.resolve().name,
         windows=windows,
@@ -410,14 +420,7 @@ def _read_window(file: Path, rate: float | None) -> tuple[NDArray[np.float32], f
     if file.suffix == ".npy":
         if rate is None:
             raise InputError(f"{file}: an NPY has no clock; labels.csv needs `sampling_rate`")
-        try:
-            return _window(np.load(file, allow_pickle=False), str(file)), rate
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise RecordingError(
-                f"{file}: not a NumPy array of numbers ({one_line(error)})"
-            ) from None
+        return _window(read_npy(file, RecordingError), str(file)), rate
     from normwear_fast.recordings import open_recording
 
     with open_recording(file, sampling_rate=rate) as recording:
@@ -437,13 +440,7 @@ def _read_window(file: Path, rate: float | None) -> tuple[NDArray[np.float32], f
 
 
 def _load_parquet(path: Path, label: Sequence[str]) -> SampleSet:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise RecordingError(f"{path}: not a Parquet file ({one_line(error)})") from None
+    table = read_parquet(path, RecordingError)
     if not table.num_rows:
         raise RecordingError(f"{path}: no row in it")
     known: tuple[Dataset, tuple[Task, ...]] | None = None
@@ -469,7 +466,8 @@ def _load_parquet(path: Path, label: Sequence[str]) -> SampleSet:
             if task.classes and not 0 <= column.min() <= column.max() < len(task.classes):
                 raise InputError(f"{path}: {name} has classes beyond 0 to {len(task.classes) - 1}")
         else:
-            task, column = _own_task(name, values, where)
+            with within(path):
+                task, column = _own_task(name, values, where)
         tasks.append(task)
         labels.append(column)
     subject = next((name for name in ("subject", "uid") if name in table.column_names), None)
@@ -523,16 +521,14 @@ def _parquet_windows(
         lengths = {len(value) for value in values}
         if len(lengths) != 1:
             raise InputError(f"{place}: channels of {sorted(lengths)} samples; one length is right")
-        windows.append(_window(np.stack([np.asarray(value) for value in values]), place))
+        with reading(place, InputError, "data is no list of numbers a channel"):
+            data = np.stack([np.asarray(value) for value in values])
+        windows.append(_window(data, place))
     return windows
 
 
 def _load_npz(path: Path) -> SampleSet:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise RecordingError(f"{path}: not an NPZ of plain arrays ({one_line(error)})") from None
+    held = read_npz(path, RecordingError)
     needed = ("x_train", "y_train", "x_test", "y_test", "sampling_rate")
     missing = [name for name in needed if name not in held]
     if missing:
@@ -550,7 +546,8 @@ def _load_npz(path: Path) -> SampleSet:
     labels = [value for half in ("y_train", "y_test") for value in held[half].tolist()]
     sizes = [len(x) for x in halves]
     ids = [f"train {i}" for i in range(sizes[0])] + [f"test {i}" for i in range(sizes[1])]
-    task, column = _own_task("label", labels, [f"{path}, {name}" for name in ids])
+    with within(path):
+        task, column = _own_task("label", labels, [f"{path}, {name}" for name in ids])
     return SampleSet(
         name=path.stem,
         windows=[np.ascontiguousarray(w, dtype=np.float32) for x in halves for w in x],

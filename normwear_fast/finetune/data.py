@@ -28,7 +28,7 @@ from normwear_fast.encode.windows import (
     _text,
     table_rows,
 )
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, within
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.samples import SampleSet, _own_task, _parse_label
 from normwear_fast.inputs import rate_list, window_list
@@ -36,6 +36,9 @@ from normwear_fast.preprocess import prepare_window
 from normwear_fast.recordings.base import FoundRecording
 
 SPLITS = ("train", "validation", "test")
+
+MOST_WINDOWS = 10_000_000
+"""Of one labelled stretch: two years of windows of 6 s. Milliseconds taken for seconds make more."""
 
 TaskKind = Literal["auto", "classification", "regression"]
 
@@ -366,13 +369,21 @@ def _task(
         for value, place in zip(values, where, strict=True):
             if isinstance(value, str) and isinstance(_parse_label(value), str):
                 raise InputError(f"{place}: {name} is {value!r}; a number is right for regression")
-        values = [float(v) if isinstance(v, int | str) else v for v in values]
+        values = [_as_float(v) if isinstance(v, int | str) else v for v in values]
     elif kind == "classification":
         values = [_class_name(value) for value in values]
     task, column = _own_task(name, values, where)
     if task.kind == "class" and len(task.classes) < 2:
         raise InputError(f"{name}: class {task.classes[0]!r} alone; two or more are right")
     return task, column
+
+
+def _as_float(value: int | str) -> float:
+    """The same; what no floating-point number can hold is infinite, which no target may be."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _class_name(value: Any) -> Any:
@@ -447,6 +458,11 @@ class LabelTable:
             zip(self.recordings, self.stretches, strict=True)
         ):
             ids, starts, durations = columns.setdefault(recording, ([], [], []))
+            if window is not None and duration / (hop or window) > MOST_WINDOWS:
+                raise InputError(
+                    f"{self.path}: a stretch of {duration:g} s in {recording} is more than "
+                    f"{MOST_WINDOWS:,} windows; are these seconds?"
+                )
             if window is None:
                 cut = [(str(row), start, duration)]
             else:
@@ -525,7 +541,8 @@ def read_labels(
             )
     if columns is None and wanted == ["value"] and task == "auto":
         task = "regression"
-    kind, labels = _labels(rows, wanted, where, task)
+    with within(path):
+        kind, labels = _labels(rows, wanted, where, task)
     subjects = recordings
     if "subject" in names:
         subjects = [_text(row.get("subject")) for row in rows]
@@ -561,7 +578,7 @@ def _labels(
             if any(isinstance(value, str) and value for value in parsed):
                 values = [v.strip() if isinstance(v, str) else v for v in values]
             elif any(isinstance(value, float) for value in parsed):
-                values = [float(v) if isinstance(v, int) else v for v in parsed]
+                values = [_as_float(v) if isinstance(v, int) else v for v in parsed]
             else:
                 values = parsed
         found.append(_task(name, values, where, task))

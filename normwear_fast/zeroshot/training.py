@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
-from normwear_fast.errors import InputError, UsageError, one_line
+from normwear_fast.errors import InputError, UsageError, reading
+from normwear_fast.files import read_npz, read_parquet
 from normwear_fast.inputs import prepare, samples_at_model_rate
 from normwear_fast.packing import plan_units
+from normwear_fast.recordings.base import RATES
 from normwear_fast.zeroshot.fusion import MSiTF, score_options
 from normwear_fast.zeroshot.text import TextEncoder
 from normwear_fast.zeroshot.wording import TaskWording
@@ -410,7 +412,10 @@ def read_labelled(path: str | Path, *, task: str | None = None) -> LabelledWindo
         raise InputError(f"{path}: has no {', '.join(missing)}; it has {', '.join(columns)}")
     windows = list(columns["data"])
     count = len(windows)
-    rates = np.atleast_1d(np.asarray(columns["sampling_rate"], np.float64))
+    if not count:
+        raise InputError(f"{path}: holds no window")
+    with reading(path, InputError, "sampling_rate is no number of Hz, or one a window"):
+        rates = np.asarray(columns["sampling_rate"], np.float64).reshape(-1)
     rates = np.repeat(rates, count) if len(rates) == 1 else rates
     labels = list(columns["label"])
     named = columns.get("task")
@@ -420,8 +425,10 @@ def read_labelled(path: str | Path, *, task: str | None = None) -> LabelledWindo
     for name, values in (("sampling_rate", rates), ("label", labels), ("task", tasks)):
         if len(values) != count:
             raise InputError(f"{path}: {count} windows but {len(values)} values of {name}")
-    if not (np.isfinite(rates).all() and (rates > 0).all()):
-        raise InputError(f"{path}: every sampling_rate must be a positive number of Hz")
+    if not ((rates >= RATES[0]) & (rates <= RATES[1])).all():
+        raise InputError(
+            f"{path}: every sampling_rate must be a positive number of Hz, {RATES[0]:g} to {RATES[1]:g}"
+        )
     for index, window in enumerate(windows):
         if window.ndim != 2 or 0 in window.shape:
             raise InputError(
@@ -431,11 +438,7 @@ def read_labelled(path: str | Path, *, task: str | None = None) -> LabelledWindo
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not an NPZ file of plain arrays ({one_line(error)})") from None
+    columns: dict[str, Any] = dict(read_npz(path, InputError))
     for name in ("label", "task"):
         if name in columns:
             columns[name] = columns[name].reshape(-1).tolist()
@@ -450,25 +453,17 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file ({one_line(error)})") from None
-    columns: dict[str, Any] = {
-        name: table[name].to_pylist() for name in table.column_names if name != "data"
-    }
+    table = read_parquet(path, InputError)
+    with reading(path, InputError, "not a table of windows"):
+        columns: dict[str, Any] = {
+            name: table[name].to_pylist() for name in table.column_names if name != "data"
+        }
     if "data" in table.column_names:
         windows = []
         for index, channels in enumerate(table["data"]):
-            try:
+            what = "data must be a list of channels of one length"
+            with reading(f"{path}, row {index}", InputError, what):
                 rows = [row.values.to_numpy(zero_copy_only=False) for row in channels]
                 windows.append(np.stack(rows).astype(np.float32))
-            except (AttributeError, TypeError, ValueError):
-                raise InputError(
-                    f"{path}, row {index}: data must be a list of channels of one length"
-                ) from None
         columns["data"] = windows
     return columns

@@ -6,13 +6,13 @@ never trained on, so that a fusion module can be judged by wording it has not me
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normwear_fast.errors import InputError, UsageError, one_line
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.files import fits, read_json
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TaskWording:
         if text in self.classes:
             return text
         names = list(self.classes)
-        if text.isdecimal() and int(text) < len(names):
+        if text.isdecimal() and len(text) < 10 and int(text) < len(names):
             return names[int(text)]
         raise InputError(
             f"label {text!r} is none of {', '.join(names)}, nor an index below {len(names)}"
@@ -81,10 +81,7 @@ def load_wording(path: str | Path) -> dict[str, TaskWording]:
 
     Raises: UsageError that names the task and what it lacks.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({one_line(error)})") from error
+    content = read_json(Path(path), UsageError, "not readable as JSON")
     if not isinstance(content, dict) or not content:
         raise UsageError(f"{path}: must be an object of tasks, task name to wording")
     return {name: _parse(path, name, task) for name, task in content.items()}
@@ -106,16 +103,19 @@ def _parse(path: str | Path, name: str, task: Any) -> TaskWording:
             or not all(isinstance(text, str) and text.strip() for text in value)
         ):
             raise UsageError(f"{where}: {key} must be a list of sentences or phrases, not empty")
-    if any(frame.count("{}") != 1 or frame.count("{") != 1 for frame in lists["frames"]):
+    if any([frame.count(s) for s in ("{}", "{", "}")] != [1, 1, 1] for frame in lists["frames"]):
         raise UsageError(f"{where}: every frame must hold one {{}} for the answer")
     if not classes and "unit" not in task:
         raise UsageError(f"{where}: needs classes, or a unit where the label is a number")
+    unit, decimals = task.get("unit", ""), task.get("decimals", 0)
+    if not fits(unit, str) or not fits(decimals, range(20)):
+        raise UsageError(f"{where}: unit must be text, and decimals a whole number from 0 to 19")
     return TaskWording(
         tuple(lists["questions"]),
         tuple(lists["frames"]),
         {label: tuple(phrases) for label, phrases in classes.items()},
-        str(task.get("unit", "")),
-        int(task.get("decimals", 0)),
+        unit,
+        decimals,
     )
 
 

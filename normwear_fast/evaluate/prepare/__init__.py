@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError, RecordingError, UsageError, one_line
+from normwear_fast.errors import OutputError, RecordingError, UsageError, one_line, within
 from normwear_fast.evaluate.prepare.common import Piece, to_model_rate
 from normwear_fast.evaluate.registry import Dataset, get_dataset
 from normwear_fast.evaluate.samples import PARQUET_TASKS, SAMPLE_FOLDER, SPLIT_FILE
@@ -55,7 +55,11 @@ def read_pieces(name: str, raw: Path) -> Iterator[Piece]:
     """
     dataset = get_dataset(name)
     module = importlib.import_module(f"normwear_fast.evaluate.prepare.{name.replace('-', '_')}")
-    return module.read(raw, dataset)
+    try:
+        yield from module.read(raw, dataset)
+    except OSError as error:
+        where = error.filename or raw
+        raise RecordingError(f"{where}: cannot be read ({one_line(error)})") from None
 
 
 def prepare(
@@ -117,7 +121,8 @@ def _write(dataset: Dataset, raw: Path, work: Path, output: Path, seed: int) -> 
     flat = 0
     with _ParquetWriter(work / PARQUET_FILE, dataset) as table:
         for piece in read_pieces(dataset.key, raw):
-            data, flat_channels = to_model_rate(piece)
+            with within(f"{raw}, subject {piece.subject}"):
+                data, flat_channels = to_model_rate(piece)
             flat += flat_channels
             labels = [
                 {task.kind: _plain(value)}
@@ -146,7 +151,8 @@ def _write(dataset: Dataset, raw: Path, work: Path, output: Path, seed: int) -> 
             )
         if None in official:
             column = np.asarray(first_labels)
-            is_test = default_split(dataset, np.array(subjects), column, seed)
+            with within(raw):
+                is_test = default_split(dataset, np.array(subjects), column, seed)
         else:
             is_test = np.array(official, dtype=bool)
         table.finish(is_test)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, RecordingError, one_line
+from normwear_fast.errors import InputError, RecordingError, reading
 
 Label = int | float | tuple[float, ...]
 
@@ -89,11 +89,11 @@ def find_root(raw: Path, name: str, what: str) -> Path:
 
 def read_columns(path: Path, delimiter: str | None = None) -> NDArray[np.float64]:
     """A text file of numbers (rows, columns), whitespace-separated or by `delimiter`."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            values = np.loadtxt(file, delimiter=delimiter, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise RecordingError(f"{path}: not a table of numbers ({one_line(error)})") from None
+    with (
+        reading(path, RecordingError, "not a table of numbers"),
+        path.open(encoding="utf-8-sig") as file,
+    ):
+        values = np.loadtxt(file, delimiter=delimiter, ndmin=2)
     if not values.size:
         raise RecordingError(f"{path}: no numbers in it")
     return values
@@ -101,11 +101,11 @@ def read_columns(path: Path, delimiter: str | None = None) -> NDArray[np.float64
 
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a CSV, names stripped."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if any(field.strip() for field in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecordingError(f"{path}: not a CSV in UTF-8 ({one_line(error)})") from None
+    with (
+        reading(path, RecordingError, "not a CSV in UTF-8"),
+        path.open(encoding="utf-8-sig", newline="") as file,
+    ):
+        rows = [row for row in csv.reader(file) if any(field.strip() for field in row)]
     if len(rows) < 2:
         raise RecordingError(f"{path}: no rows in it")
     return [name.strip() for name in rows[0]], rows[1:]
@@ -155,39 +155,39 @@ def read_xlsx(path: Path) -> list[list[str]]:
     def text(node: Any) -> str:
         return "".join(piece.text or "" for piece in node.iter(f"{_SHEET}t"))
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            shared = (
-                [text(item) for item in part(archive, "xl/sharedStrings.xml")]
-                if "xl/sharedStrings.xml" in names
-                else []
-            )
-            sheet = min(name for name in names if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name))
-            rows = []
-            for row in part(archive, sheet).iter(f"{_SHEET}row"):
-                cells: dict[int, str] = {}
-                for cell in row.iter(f"{_SHEET}c"):
-                    letters = re.match(r"[A-Z]+", cell.get("r", ""))
-                    index = len(cells)
-                    if letters:
-                        index = 0
-                        for letter in letters.group():
-                            index = index * 26 + ord(letter) - 64
-                        index -= 1
-                    value = cell.find(f"{_SHEET}v")
-                    if cell.get("t") == "inlineStr":
-                        cells[index] = text(cell)
-                    elif value is not None and value.text is not None:
-                        cells[index] = (
-                            shared[int(value.text)] if cell.get("t") == "s" else value.text
-                        )
-                width = max(cells, default=-1) + 1
-                if width > 10_000:
-                    raise RecordingError(f"{path}: a row of {width} cells")
-                rows.append([cells.get(index, "").strip() for index in range(width)])
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError, SyntaxError) as error:
-        raise RecordingError(f"{path}: not a plain .xlsx workbook ({one_line(error)})") from None
+    with (
+        reading(path, RecordingError, "not a plain .xlsx workbook"),
+        zipfile.ZipFile(path) as archive,
+    ):
+        names = archive.namelist()
+        shared = (
+            [text(item) for item in part(archive, "xl/sharedStrings.xml")]
+            if "xl/sharedStrings.xml" in names
+            else []
+        )
+        sheets = [name for name in names if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name)]
+        if not sheets:
+            raise RecordingError(f"{path}: not a plain .xlsx workbook (no sheet in it)")
+        rows = []
+        for row in part(archive, min(sheets)).iter(f"{_SHEET}row"):
+            cells: dict[int, str] = {}
+            for cell in row.iter(f"{_SHEET}c"):
+                letters = re.match(r"[A-Z]+", cell.get("r", ""))
+                index = len(cells)
+                if letters:
+                    index = 0
+                    for letter in letters.group():
+                        index = index * 26 + ord(letter) - 64
+                    index -= 1
+                value = cell.find(f"{_SHEET}v")
+                if cell.get("t") == "inlineStr":
+                    cells[index] = text(cell)
+                elif value is not None and value.text is not None:
+                    cells[index] = shared[int(value.text)] if cell.get("t") == "s" else value.text
+            width = max(cells, default=-1) + 1
+            if width > 10_000:
+                raise RecordingError(f"{path}: a row of more than 10,000 cells")
+            rows.append([cells.get(index, "").strip() for index in range(width)])
     return rows
 
 

@@ -12,6 +12,7 @@ Uncertain: which four electrodes the paper took; here FP1, FP2, TP7, TP8, where 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -54,10 +55,14 @@ def read_cnt(path: Path, names: tuple[str, ...]) -> tuple[list[NDArray[np.float6
         raise RecordingError(
             f"{path}: no electrode {', '.join(missing)}; it has {', '.join(sorted(found))}"
         )
+    if not all(math.isfinite(found[name][2]) for name in names):
+        raise RecordingError(f"{path}: an electrode's calibration is no number; it is damaged")
     start = _HEADER + _ELECTRODE * electrodes
     # Where the header does not say where the samples end, they end with the file.
     end = events if start < events <= size else size
     samples = (end - start) // (4 * electrodes)
+    if samples < 1:
+        raise RecordingError(f"{path}: no samples in it; the file is cut short")
     values = np.memmap(path, "<i4", "r", start, (samples, electrodes))
     channels = [
         (values[:, found[name][0]].astype(np.float64) - found[name][1]) * found[name][2]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.errors import RecordingError, reading
 from normwear_fast.evaluate.prepare.common import (
     Piece,
     check_sums,
@@ -59,10 +59,8 @@ def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
         if subject not in rates:
             continue
         check_sums(root, [path])
-        try:
+        with reading(path, RecordingError, "not a WAV file"):
             rate, values = wavfile.read(path)
-        except ValueError as error:
-            raise RecordingError(f"{path}: not a WAV file ({one_line(error)})") from None
         if values.ndim != 1 or rate != dataset.sampling_rates[0]:
             raise RecordingError(
                 f"{path}: shape {values.shape} at {rate} Hz; one channel at "

@@ -11,7 +11,6 @@ Each reading labels the whole 6 s windows of the 30 s before its fall. Uncertain
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from normwear_fast.errors import RecordingError
 from normwear_fast.evaluate.prepare.common import Piece, cut
 from normwear_fast.evaluate.registry import Dataset
+from normwear_fast.files import read_json
 
 _SERIES = ("data_PCG", "data_PPG", "data_ECG")
 _BEFORE = 30.0
@@ -31,7 +31,7 @@ _APART = 15.0
 def _numbers(record: Any, name: str, path: Path) -> NDArray[np.float64]:
     try:
         values = np.asarray(record[name], dtype=np.float64)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         values = np.empty(0)
     if values.ndim != 1 or not len(values):
         raise RecordingError(f"{path}: no series {name} of numbers in it")
@@ -64,16 +64,15 @@ def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
     for path in sorted(raw.rglob("*.json")):
         if not path.stem.isdigit():
             continue
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise RecordingError(f"{path}: not JSON ({type(error).__name__})") from None
+        record = read_json(path, RecordingError)
         series = [_numbers(record, name, path) for name in _SERIES]
         force = _numbers(record, "data_FSR", path)
         try:
             readings = [(float(item["SBP"]), float(item["DBP"])) for item in record["data_BP"]]
-        except (KeyError, TypeError, ValueError):
-            raise RecordingError(f"{path}: data_BP is no list of SBP and DBP") from None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            readings = [(np.nan, np.nan)]
+        if not np.isfinite(readings).all():
+            raise RecordingError(f"{path}: data_BP is no list of SBP and DBP in numbers")
         if len(force) <= round(rate):
             raise RecordingError(f"{path}: {len(force)} samples of force; no reading fits in them")
         times = reading_times(force, rate, len(readings))

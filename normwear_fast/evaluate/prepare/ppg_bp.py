@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.errors import RecordingError, reading
 from normwear_fast.evaluate.prepare.common import Piece, column, find_root, number, read_xlsx
 from normwear_fast.evaluate.prepare.common import read_csv as read_csv_table
 from normwear_fast.evaluate.registry import Dataset
@@ -35,8 +35,7 @@ def _table(root: Path) -> tuple[Path, list[list[str]]]:
     raise RecordingError(f"{root}: no {_TABLE}.xlsx (or .csv) beside 0_subject")
 
 
-def _labels(root: Path, dataset: Dataset) -> dict[str, tuple[int, ...]]:
-    path, rows = _table(root)
+def _labels(path: Path, rows: list[list[str]], dataset: Dataset) -> dict[str, tuple[int, ...]]:
     top = next((i for i, row in enumerate(rows) if "subject_ID" in row), None)
     if top is None:
         raise RecordingError(f"{path}: no row of column names with subject_ID")
@@ -72,15 +71,14 @@ def _labels(root: Path, dataset: Dataset) -> dict[str, tuple[int, ...]]:
 def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
     """Pieces of every `{subject}_{segment}.txt`."""
     root = find_root(raw, "0_subject", "Data File/0_subject and the table beside it")
-    labels = _labels(root, dataset)
+    table, rows = _table(root)
+    labels = _labels(table, rows, dataset)
     for path in sorted((root / "0_subject").rglob("*_[0-9].txt")):
         subject = path.stem.split("_")[0]
         if subject not in labels:
-            raise RecordingError(f"{path}: subject {subject} is not in the table")
-        try:
+            raise RecordingError(f"{path}: subject {subject} is not in {table}")
+        with reading(path, RecordingError, "not tab-separated numbers"):
             values = np.array(path.read_text(encoding="utf-8-sig").split(), dtype=np.float64)
-        except ValueError as error:
-            raise RecordingError(f"{path}: not tab-separated numbers ({one_line(error)})") from None
         if not len(values):
             raise RecordingError(f"{path}: no numbers in it")
         yield Piece(subject, ((values, dataset.sampling_rates[0]),), labels[subject])

@@ -35,7 +35,7 @@ def _channel(record: Any, device: str, name: str, axis: int, path: Path) -> np.n
     try:
         values = np.asarray(record["signal"][device][name], dtype=np.float64)
         return values.reshape(len(values), -1)[:, axis]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise RecordingError(f"{path}: no signal {device} {name} as WESAD has it") from None
 
 
