@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.encode.manifest import STAGES, Tally
-from normwear_fast.encode.output import OutputFolder
+from normwear_fast.encode.output import OutputFolder, check_columns
 from normwear_fast.encode.prepare import OK
-from normwear_fast.errors import NormWearError, OutputError, UsageError, one_line
+from normwear_fast.errors import NormWearError, OutputError, UsageError, one_line, reading
 from normwear_fast.report_pictures import bars, image, line, scatter, strip
 
 if TYPE_CHECKING:
@@ -144,22 +144,19 @@ class _Output:
             )
 
     def _read(self, path: Path) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
+        with reading(path, OutputError, "cannot be read as a part of encode's output"):
             file = pq.ParquetFile(path)
+            check_columns(file.schema_arrow, path)
             names = [name for name in file.schema_arrow.names if name != "embedding"]
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group, columns=names)
+                rows.validate(full=True)
                 taken = self._add(rows)
                 if taken.size and "embedding" in file.schema_arrow.names:
                     column = file.read_row_group(group, columns=["embedding"]).column(0)
                     self._keep(rows.take(taken), column.take(taken))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise OutputError(
-                f"{path}: cannot be read as a part of encode's output ({one_line(error)})"
-            ) from None
 
     def _add(self, rows: pa.Table) -> NDArray[np.int64]:
         """Counts rows; returns which of them go on the maps."""
@@ -167,6 +164,8 @@ class _Output:
         statuses = np.array(rows["status"].to_pylist(), dtype=object)
         starts, durations = rows["start_s"].to_numpy(), rows["duration_s"].to_numpy()
         missing = rows["missing_fraction"].to_numpy()
+        if not (np.isfinite(starts).all() and np.isfinite(durations).all()):
+            raise ValueError("a window without its times")
         changes = np.flatnonzero(recordings[1:] != recordings[:-1]) + 1
         for stretch in np.split(np.arange(len(recordings)), changes):
             if not stretch.size:
@@ -210,6 +209,8 @@ class _Output:
             if value is None:
                 continue
             vectors = np.asarray(value, np.float32)
+            if not np.isfinite(vectors).all():  # encode writes none: such bits are damaged
+                continue
             channels = row["channels"]
             if pooled == "mean":
                 kinds = sorted({guess_modality(name) for name in channels})
@@ -235,8 +236,8 @@ def _unchanged(entry: dict[str, Any]) -> str | None:
 
     try:
         state = file_state(Path(entry["path"]))
-    except OSError as error:
-        return (error.strerror or "cannot be read").lower()
+    except (OSError, ValueError) as error:  # no path can have a NUL in it
+        return (getattr(error, "strerror", None) or "cannot be read").lower()
     return None if state == (entry["size"], entry["mtime_ns"]) else "changed since"
 
 
@@ -558,7 +559,8 @@ def _prepared(output: _Output, chosen: _Chosen) -> NDArray[np.float32]:
     from normwear_fast.encode.settings import EncodeSettings
     from normwear_fast.encode.windows import Window
 
-    settings = EncodeSettings(**output.manifest["settings"])
+    with reading(output.folder, OutputError, "its manifest's settings are not encode's"):
+        settings = EncodeSettings(**output.manifest["settings"])
     entry = output.entries[chosen.recording]
     window = Window(chosen.window_id, chosen.start, chosen.duration)
     source = Source(chosen.recording, entry["path"], tuple(entry["channels"]), [window])
@@ -703,7 +705,7 @@ def _percent(share: float) -> str:
 
 def _clock(seconds: float) -> str:
     """90.5 -> '0:01:30'; days where there are."""
-    return str(timedelta(seconds=int(seconds)))
+    return str(timedelta(seconds=int(min(seconds, 8e13))))  # the longest it can say
 
 
 def _duration(seconds: float) -> str:

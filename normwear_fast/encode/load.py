@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.encode.output import METADATA_KEY
-from normwear_fast.errors import OutputError, UsageError, one_line
+from normwear_fast.encode.output import METADATA_KEY, check_columns
+from normwear_fast.errors import OutputError, UsageError, reading
+from normwear_fast.files import COUNT, fits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,10 +77,12 @@ def _read(folder: Path, columns: Sequence[str] | None) -> pa.Table:
     if not paths:
         raise OutputError(f"{folder}: no part-*.parquet there; name the output folder of encode")
     slices: list[tuple[int, pa.Table]] = []
+    form: pa.Schema | None = None
     for path in paths:
-        try:
+        what = "cannot be read as a part of encode's output; remove it and run encode again"
+        with reading(path, OutputError, what):
             file = pq.ParquetFile(path)
-            units = json.loads(file.metadata.metadata[METADATA_KEY])["units"]
+            metadata = json.loads(file.metadata.metadata[METADATA_KEY])
             unknown = sorted(set(columns or ()) - set(file.schema_arrow.names))
             if unknown:
                 raise UsageError(
@@ -87,13 +90,21 @@ def _read(folder: Path, columns: Sequence[str] | None) -> pa.Table:
                     f"{', '.join(file.schema_arrow.names)}"
                 )
             table = file.read(columns=None if columns is None else list(columns))
-        except (pa.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            table.validate(full=True)
+            table = table.replace_schema_metadata(None)
+        check_columns(table.schema, path)
+        units = metadata["units"] if fits(metadata, {"units": [[COUNT, COUNT]]}) else []
+        if sum(rows for _, rows in units) != len(table):
             raise OutputError(
-                f"{path}: cannot be read as a part of encode's output ({one_line(error)})"
-            ) from None
+                f"{path}: its {len(table)} rows are not those of its work units; remove it and run "
+                "encode again"
+            )
+        form = form or table.schema
+        if table.schema != form:
+            raise OutputError(f"{path}: its columns are not those of {paths[0].name}")
         first = 0
         for index, rows in units:
-            slices.append((index, table.slice(first, rows).replace_schema_metadata(None)))
+            slices.append((index, table.slice(first, rows)))
             first += rows
     # Parts hold units in the order they came to be ready; the inputs' order is that of their index.
     slices.sort(key=lambda item: item[0])

@@ -11,8 +11,9 @@ from typing import Any
 from normwear_fast import __version__
 from normwear_fast.encode.output import MANIFEST_FORMAT, SCHEMA_VERSION
 from normwear_fast.encode.settings import REUSED, EncodeSettings
-from normwear_fast.encode.survey import Surveyed
-from normwear_fast.errors import OutputError
+from normwear_fast.encode.survey import Surveyed, windows_of
+from normwear_fast.encode.windows import WindowList
+from normwear_fast.errors import OutputError, RecordingError
 
 STAGES = ("read", "prepare", "encode", "write", "wall")
 
@@ -171,6 +172,35 @@ def check_same_inputs(
             detail = f" ({size} bytes, now {new_size})" if size != new_size else ""
             differences.append(f"recording {recording} was changed{detail}")
     _refuse(differences, where)
+
+
+def inputs_before(
+    manifest: Mapping[str, Any],
+    settings: EncodeSettings,
+    windows: WindowList | None,
+    where: str,
+) -> list[Surveyed]:
+    """What the session that wrote a manifest found in its recordings, which are known to be the same.
+
+    Raises:
+        OutputError: the manifest contradicts itself: it is damaged.
+    """
+    entries = [Surveyed.from_dict(values) for values in manifest["inputs"]]
+    seen: set[str] = set()
+    for entry in entries:
+        count = 0
+        if entry.error is None:
+            try:
+                count = len(windows_of(entry.id, entry.duration, settings, windows))
+            except RecordingError:
+                count = -1
+        if entry.windows != count or entry.id in seen:
+            raise OutputError(
+                f"{where}: its manifest is damaged: recording {entry.id} cannot have "
+                f"{entry.windows} windows; choose a new folder, or start anew with --overwrite"
+            )
+        seen.add(entry.id)
+    return entries
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

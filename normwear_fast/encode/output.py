@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError, one_line
+from normwear_fast.errors import OutputError, one_line, reading
+from normwear_fast.files import COUNT, fits, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,12 +29,58 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 PATCHES = "patches.zarr"
 MANIFEST_FORMAT = "normwear-fast encode"
-_MANIFEST_NAMES = frozenset(
-    {"schema", "version", "run", "state", "started", "settings", "model", "inputs"}
-)
 METADATA_KEY = b"normwear_fast"
 SCHEMA_VERSION = 1
 """Of the Parquet columns and of the JSON under ``METADATA_KEY``; raised when either changes."""
+
+TALLY = {
+    "ok": COUNT,
+    "skipped": {str: COUNT},
+    "flat": COUNT,
+    "failed": {str: str},
+    "statistics": {str: [[(float, None), (float, None)]]},
+    "seconds": {str: float},
+}
+"""The form (`normwear_fast.files.fits`) of what `Tally.to_dict` gives."""
+
+INPUT = {
+    "recording": str,
+    "path": str,
+    "size": COUNT,
+    "mtime_ns": range(-(2**63), 2**63),
+    "windows": COUNT,
+    "duration_s": float,
+    "channels": [str],
+    "notes": [str],
+    "error": (str, None),
+}
+"""The form of what `Surveyed.to_dict` gives."""
+
+SETTINGS = {
+    "window": (float, None),
+    "hop": (float, None),
+    "channels": ([str], None),
+    "normalize": str,
+    "preprocess": str,
+    "pool": str,
+    "channel_pool": str,
+    "scalogram": str,
+    "max_missing": float,
+    "rate": (float, None),
+}
+"""The form of the settings that are used where a manifest is read; a resumed run compares the others."""
+
+RUN = {
+    "schema": COUNT,
+    "version": str,
+    "run": str,
+    "state": str,
+    "started": str,
+    "inputs": [INPUT],
+}
+"""The form of what every manifest says of its run."""
+
+_TOKENS = range(1, 2**40)
 
 _PART = re.compile(r"part-(\d{6,})\.(?:parquet|arrow)")
 _TEMPORARY = re.compile(r"\.(part-\d{6,}\.(?:parquet|arrow)|manifest\.json)\.tmp")
@@ -126,6 +173,25 @@ def build_table(
     return pa.Table.from_arrays(columns, schema=schema(form))
 
 
+def check_columns(found: pa.Schema, path: Path) -> None:
+    """An OutputError unless the columns of a part are of the kinds that `schema` gives them."""
+    import pyarrow as pa
+
+    kinds = {field.name: [field.type] for field in schema(None)}
+    kinds["embedding"] = [pa.list_(pa.float32())]
+    for field in found:
+        if field.name == "embedding":
+            inner = field.type.value_type if pa.types.is_list(field.type) else field.type
+            if pa.types.is_fixed_size_list(inner):
+                row = pa.list_(pa.float32(), inner.list_size)
+                kinds["embedding"] += [row, pa.list_(row)]
+        if field.type not in kinds.get(field.name, [field.type]):
+            raise OutputError(
+                f"{path}: column {field.name} is {field.type}, which encode does not write; remove it "
+                "and run again"
+            )
+
+
 ROW_GROUP_BYTES = 16 * 2**20
 
 
@@ -185,7 +251,11 @@ class OutputFolder:
 
     command = "encode"
     manifest_format = MANIFEST_FORMAT
-    manifest_names: frozenset[str] = _MANIFEST_NAMES
+    manifest_form: Mapping[str, Any] = RUN | {
+        "settings": SETTINGS | {"batch_tokens": _TOKENS, "unit_tokens": _TOKENS},
+        "model": {"weights": dict, "threads": range(1, 2**16)},
+    }
+    part_form: Mapping[str, Any] = {"run": str, "units": [[COUNT, COUNT]], "tally": TALLY}
     part_suffix = ".parquet"
 
     def __init__(self, path: str | Path) -> None:
@@ -279,16 +349,12 @@ class OutputFolder:
         path = self.path / MANIFEST
         if not path.exists():
             return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            manifest = None
-        if (
-            not isinstance(manifest, dict)
-            or manifest.get("format") != self.manifest_format
-            or not manifest.keys() >= self.manifest_names
-        ):
-            raise OutputError(f"{path} is not a manifest of {self.command}; choose a new folder")
+        what = f"is not a manifest of {self.command}; choose a new folder"
+        manifest = read_json(path, OutputError, what)
+        if not fits(manifest, {"format": str}) or manifest["format"] != self.manifest_format:
+            raise OutputError(f"{path}: {what}")
+        if not fits(manifest, self.manifest_form):
+            raise OutputError(f"{path}: is damaged, or of another version; choose a new folder")
         return manifest
 
     def parts(self, run: str | None = None) -> list[Part]:
@@ -300,22 +366,20 @@ class OutputFolder:
         Raises:
             OutputError: a part that is damaged, or belongs to another run.
         """
-        import pyarrow as pa
-
         parts = []
+        what = "is damaged or not a part of this output; remove it and run again"
         for name in self._names():
             if not _PART.fullmatch(name):
                 continue
             path = self.path / name
-            try:
+            with reading(path, OutputError, what):
                 metadata = json.loads(self._stored(path)[METADATA_KEY])
-            except (pa.ArrowException, OSError, ValueError, KeyError):
+            if not fits(metadata, self.part_form):
+                raise OutputError(f"{path}: {what}")
+            if run is not None and metadata["run"] != run:
                 raise OutputError(
-                    f"{path} is damaged or not a part of this output; remove it and run again"
-                ) from None
-            if run is not None and metadata.get("run") != run:
-                raise OutputError(
-                    f"{path} belongs to another run; remove it, or start anew with --overwrite"
+                    f"{path} belongs to another run than {self.path / MANIFEST}; remove it, or start "
+                    "anew with --overwrite"
                 )
             parts.append(Part(path, metadata))
         return parts

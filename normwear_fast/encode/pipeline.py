@@ -25,6 +25,7 @@ from normwear_fast.encode.manifest import (
     check_same_inputs,
     check_same_model,
     check_same_settings,
+    inputs_before,
     now,
 )
 from normwear_fast.encode.output import (
@@ -440,7 +441,7 @@ def _resume_inputs(
                 states[item.id] = (0, 0)  # as survey() has it
     check_same_inputs(manifest, states, str(where))
     paths = {item.id: str(item.path) for item in found}
-    entries = [Surveyed.from_dict(values) for values in manifest["inputs"]]
+    entries = inputs_before(manifest, settings, windows, str(where))
     return [replace(entry, path=paths[entry.id]) for entry in entries]
 
 
@@ -489,10 +490,12 @@ class _Run:
 
     def _read_parts(self) -> None:
         for part in self.folder.parts(self.id):
-            for index, _ in part.metadata["units"]:
-                if index in self.done or index >= len(self.plan.units):
+            for index, rows in part.metadata["units"]:
+                known = index < len(self.plan.units) and rows <= self.plan.units[index].windows
+                if index in self.done or not known:
                     raise OutputError(
-                        f"{part.path} repeats work unit {index}; remove it and run again"
+                        f"{part.path} repeats work unit {index}, or holds another one; remove it and "
+                        "run again"
                     )
                 self.done.add(index)
             self.tally.add(Tally.from_dict(part.metadata["tally"]))

@@ -18,6 +18,10 @@ COMPANIONS = {".hea": (".dat", ".mat"), ".vhdr": (".eeg", ".vmrk"), ".set": (".f
 """Header formats and the extensions of the files that hold their samples."""
 
 
+LONGEST = 1e12
+"""Seconds: 30,000 years. Beyond, windows could not even be counted."""
+
+
 @dataclass(frozen=True)
 class Surveyed:
     """One recording as an input of a run.
@@ -116,8 +120,12 @@ def windows_of(
     """The windows of one recording.
 
     Raises:
-        RecordingError: a window is longer than the recording.
+        RecordingError: a window is longer than the recording, or that is longer than any can be.
     """
+    if not duration < LONGEST:
+        raise RecordingError(
+            f"lasts {duration:g} s, longer than any recording; its header is damaged"
+        )
     if windows is None:
         assert settings.window is not None
         assert settings.hop is not None

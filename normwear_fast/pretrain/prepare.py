@@ -25,9 +25,17 @@ from normwear_fast.encode.manifest import (
     build_manifest,
     check_same_inputs,
     check_same_settings,
+    inputs_before,
     now,
 )
-from normwear_fast.encode.output import METADATA_KEY, SCHEMA_VERSION, OutputFolder
+from normwear_fast.encode.output import (
+    METADATA_KEY,
+    RUN,
+    SCHEMA_VERSION,
+    SETTINGS,
+    TALLY,
+    OutputFolder,
+)
 from normwear_fast.encode.pipeline import (
     Plan,
     Progress,
@@ -41,6 +49,7 @@ from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, file_state, survey
 from normwear_fast.encode.units import plan_units
 from normwear_fast.errors import OutputError, UsageError
+from normwear_fast.files import COUNT
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.pretrain.data import FLAT, SERIES, channel_faults
 from normwear_fast.recordings.base import FoundRecording
@@ -65,9 +74,13 @@ class SeriesFolder(OutputFolder):
 
     command = "prepare"
     manifest_format = "normwear-fast prepare"
-    manifest_names = frozenset(
-        {"schema", "version", "run", "state", "started", "settings", "inputs"}
-    )
+    manifest_form: Mapping[str, Any] = RUN | {"settings": SETTINGS}
+    part_form: Mapping[str, Any] = {
+        "run": str,
+        "units": [COUNT],
+        "tally": TALLY,
+        "flat_channels": COUNT,
+    }
     part_suffix = ".arrow"
 
     def _stored(self, path: Path) -> Mapping[bytes, bytes]:
@@ -187,7 +200,7 @@ def _resumed(
         except OSError:
             states[item.id] = (0, 0)  # as survey() has it
     check_same_inputs(manifest, states, str(where))
-    return [Surveyed.from_dict(values) for values in manifest["inputs"]]
+    return inputs_before(manifest, settings, None, str(where))
 
 
 def _shard_schema(samples: int) -> pa.Schema:
@@ -278,8 +291,10 @@ class _Run:
     def _read_shards(self) -> None:
         for part in self.folder.parts(self.id):
             units = set(part.metadata["units"])
-            if units & self.done:
-                raise OutputError(f"{part.path} repeats work units; remove it and run again")
+            if units & self.done or not units <= set(range(len(self.plan.units))):
+                raise OutputError(
+                    f"{part.path} repeats work units, or holds others; remove it and run again"
+                )
             self.done |= units
             self.tally.add(Tally.from_dict(part.metadata["tally"]))
             self.flat_channels += part.metadata["flat_channels"]
