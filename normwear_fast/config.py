@@ -16,6 +16,9 @@ SAMPLING_RATE = 65.0
 MIN_SAMPLES = 11
 """The shortest series: 9 scalogram rows, one row of patches, in both scalograms."""
 
+LARGEST, DEEPEST = 2**16, 256
+"""Of a size, and of a number of layers: what is beyond would only fill memory before it is refused."""
+
 FUSIONS = ("cls", "mean", "none")
 TOKENS = ("scalogram", "series")
 
@@ -79,12 +82,21 @@ class NormWearConfig:
             "pretrain_samples",
         )
         for name in (*counts, "pretrain_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"NormWearConfig.{name} is {value!r}; it must be an int >= 1")
-        if not isinstance(self.decoder_depth, int) or self.decoder_depth < 0:
+            value, most = getattr(self, name), DEEPEST if name == "depth" else LARGEST
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise UsageError(
+                    f"NormWearConfig.{name} is {value!r}; it must be an int >= 1, and at most {most:,}"
+                )
+        if not isinstance(self.decoder_depth, int) or not 0 <= self.decoder_depth <= DEEPEST:
             raise UsageError(
-                f"NormWearConfig.decoder_depth is {self.decoder_depth!r}; it must be an int >= 0"
+                f"NormWearConfig.decoder_depth is {self.decoder_depth!r}; it must be an int >= 0, and at "
+                f"most {DEEPEST:,}"
+            )
+        if not isinstance(self.mlp_ratio, int | float) or not 0 < self.mlp_ratio <= LARGEST:
+            raise UsageError(f"NormWearConfig.mlp_ratio is {self.mlp_ratio!r}; it must be above 0")
+        if not all(isinstance(n, int) and 1 <= n <= LARGEST for n in self.patch_size):
+            raise UsageError(
+                f"NormWearConfig.patch_size is {self.patch_size!r}; it must be two ints >= 1"
             )
         for name, width, heads in (
             ("embed_dim", self.embed_dim, self.num_heads),

@@ -25,10 +25,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickletools
 import re
 import secrets
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,12 +38,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import OutputError, UsageError, WeightsError, one_line
+from normwear_fast.files import read_json
 from normwear_fast.reference import ReferenceNormWear
+from normwear_fast.wavelets import mother_wavelet
 
 ARCHITECTURE = "normwear"
 FORMAT_VERSION = 1
@@ -55,6 +60,9 @@ WRAPPERS = ("module.", "backbone.")
 
 CONTAINERS = ("model", "state_dict")
 """Keys under which a training checkpoint keeps its state dict."""
+
+LONGEST_NAME = 1000
+"""Of a class or function in a pickle, in characters."""
 
 PICKLED = (".pth", ".pt", ".bin")
 FOREIGN_NAMES = (
@@ -478,20 +486,51 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files fail in every way
         raise WeightsError(
             f"{path}: not a safetensors file, or cut short ({_first_line(error)})"
         ) from None
 
 
+def check_pickled_names(path: Path) -> None:
+    """A ValueError for a file of ``torch.save`` that asks for something by an endless name.
+
+    torch.load looks for patterns in the message of what it refuses, which quotes the name, in a time
+    that grows with the square of it: a damaged name of 80 kB takes minutes.
+    """
+    longest = 0
+    with contextlib.suppress(Exception):  # what else is wrong with it torch says
+        for name in _pickled_names(path):
+            longest = max(longest, len(name))
+    if longest > LONGEST_NAME:
+        raise ValueError(f"a name of {longest} characters")
+
+
+def _pickled_names(path: Path) -> Iterator[str]:
+    """What the pickles of a file of ``torch.save`` ask for."""
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb"))
+        pickles = 5  # of a file that is no zip: magic, protocol, machine, the object, its storages
+        if file.read(4) == b"PK\x03\x04":  # torch.load's own way to tell
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            file, pickles = stack.enter_context(archive.open(name)), 1
+        else:
+            file.seek(0)
+        for _ in range(pickles):
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    yield str(argument)
+
+
 def _read_pickled(path: Path, *, zipped: bool) -> Any:
     """What ``torch.save`` wrote, tensors and plain containers only."""
     try:
+        check_pickled_names(path)
         # Training scripts keep their arguments beside the weights; a Namespace only holds them.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter(
@@ -529,12 +568,12 @@ def _choose_config(
     if values.get("architecture") == ARCHITECTURE and "format_version" in values:
         if values["format_version"] != FORMAT_VERSION:
             raise WeightsError(
-                f"{path}: format_version is {values['format_version']!r}; "
+                f"{path}: format_version is {one_line(repr(values['format_version']))}; "
                 f"this normwear-fast reads {FORMAT_VERSION}"
             )
         if optimized_cwt is not None and not isinstance(optimized_cwt, bool):
             raise WeightsError(
-                f"{path}: optimized_cwt is {optimized_cwt!r}; it must be a bool or null"
+                f"{path}: optimized_cwt is {one_line(repr(optimized_cwt))}; it must be a bool or null"
             )
         ours = ("architecture", "format_version", "optimized_cwt", "metadata")
         config = _config_from({k: v for k, v in values.items() if k not in ours}, path)
@@ -555,10 +594,7 @@ def _choose_config(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+    values = read_json(path, WeightsError)
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: holds a {type(values).__name__}; it must hold a JSON object")
     return values
@@ -578,11 +614,15 @@ def _config_from(values: dict[str, Any], path: Path) -> NormWearConfig:
         else:
             fits = type(value) is type(default)
         if not fits:
-            raise WeightsError(f"{path}: {field.name} is {value!r}; it must be like {default!r}")
+            shown = one_line(repr(value))
+            raise WeightsError(f"{path}: {field.name} is {shown}; it must be like {default!r}")
     try:
-        return NormWearConfig.from_dict(values, str(path))
+        config = NormWearConfig.from_dict(values, str(path))
+        mother_wavelet(config.wavelet, np.linspace(-1, 1, 3))
     except UsageError as error:
-        raise WeightsError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        text = one_line(str(error), 900)
+        raise WeightsError(text if str(path) in text else f"{path}: {text}") from None
+    return config
 
 
 def _is_counter(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normwear_fast.errors import InputError, UsageError, one_line
+from normwear_fast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from normwear_fast.config import NormWearConfig
@@ -177,26 +177,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(name: str) -> NormWearConfig:
     from normwear_fast.config import NormWearConfig
-    from normwear_fast.weights import ARCHITECTURE, FORMAT_VERSION
+    from normwear_fast.weights import ARCHITECTURE, FORMAT_VERSION, _config_from, _read_json
 
     if name in ("base", "small"):
         return NormWearConfig.base() if name == "base" else NormWearConfig.small()
     path = Path(name)
     if not path.is_file():
         raise UsageError(f"--config {name}: neither base nor small, and no such file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{name}: holds a {type(values).__name__}; it must hold a JSON object")
+    values = _read_json(path)
     ours = {"architecture": ARCHITECTURE, "format_version": FORMAT_VERSION}
     for key in (*ours, "optimized_cwt", "metadata"):
         values.pop(key, None)
-    try:
-        return NormWearConfig.from_dict(values, name)
-    except TypeError as error:
-        raise UsageError(f"{name}: {error}") from None
+    return _config_from(values, path)
 
 
 def _say(line: str) -> None:

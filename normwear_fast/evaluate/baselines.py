@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Windows = Sequence[NDArray[np.float32]]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 # Floats of one stacked block of equal windows: 64 MB of float64.
 _BLOCK = 8_000_000
@@ -427,12 +428,19 @@ def embeddings(
 
 def _read_cache(path: Path, samples: int, channels: int) -> NDArray[np.float32] | None:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None  # absent, or cut short: computed again and replaced
+        with path.open("rb") as file:
+            found = np.lib.format.read_array(file, allow_pickle=False)
+            checksum = file.read(5)
+    except Exception:  # absent, or damaged in whatever way: computed again and replaced
+        return None
     if found.dtype != np.float32 or found.ndim != 3 or found.shape[:2] != (samples, channels):
         return None
-    return found
+    return found if checksum == _checksum(found) else None
+
+
+def _checksum(features: NDArray[np.float32]) -> bytes:
+    """What follows the array in a cached file: a bit that has changed would change results."""
+    return zlib.crc32(np.ascontiguousarray(features).data).to_bytes(4, "little")
 
 
 def _write_cache(path: Path, features: NDArray[np.float32]) -> None:
@@ -440,6 +448,7 @@ def _write_cache(path: Path, features: NDArray[np.float32]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             np.save(file, features, allow_pickle=False)
+            file.write(_checksum(features))
         os.replace(file.name, path)
     except OSError as error:
         raise OutputError(

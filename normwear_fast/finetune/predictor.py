@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from numpy.typing import ArrayLike, NDArray
 from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.encode.prepare import NOT_FINITE, OK
 from normwear_fast.encode.settings import window_samples
-from normwear_fast.errors import InputError, OutputError, WeightsError, one_line
+from normwear_fast.errors import InputError, OutputError, UsageError, WeightsError, one_line
 from normwear_fast.evaluate.registry import Task
+from normwear_fast.files import fits, read_json
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
 from normwear_fast.inputs import rate_list, window_list
@@ -53,6 +54,21 @@ EPOCHS_FILE = "epochs.csv"
 HELD_OUT_FILE = "held_out.parquet"
 FORMAT = "normwear-fast finetune"
 FORMAT_VERSION = 1
+
+_DESCRIPTION = {
+    "task": {"name": str, "classes": [str], "targets": [str]},
+    "preparation": {
+        "window": (float, None),
+        "hop": (float, None),
+        "channels": ([str], None),
+        "channel_count": range(1, 2**16),
+        "preprocess": str,
+        "normalize": str,
+        "max_missing": float,
+    },
+    "files": {str: str},
+}
+"""The form of what finetune.json says of the model; scores and provenance are for people."""
 
 
 @dataclass(frozen=True)
@@ -296,21 +312,15 @@ class Predictor:
         """
         folder = Path(folder)
         values = _read_description(folder)
-        try:
-            task = Task(
-                name=str(values["task"]["name"]),
-                group="state recognition",
-                classes=tuple(map(str, values["task"]["classes"])),
-                targets=tuple(map(str, values["task"]["targets"])),
-            )
-            known = values["preparation"]
-            names = known["channels"]
-            preparation = Preparation(**known | {"channels": tuple(names) if names else None})
-            pool, channel_pool = values["pool"], values["channel_pool"]
-            files = dict(values["files"])
-        except (KeyError, TypeError, ValueError):
-            raise _not_ours(folder) from None
-        if not (task.classes or task.targets) or preparation.channel_count < 1:
+        task = Task(
+            name=values["task"]["name"],
+            group="state recognition",
+            classes=tuple(values["task"]["classes"]),
+            targets=tuple(values["task"]["targets"]),
+        )
+        preparation = _preparation(values["preparation"], folder)
+        pool, channel_pool, files = values["pool"], values["channel_pool"], values["files"]
+        if not (task.classes or task.targets):
             raise _not_ours(folder)
         encoder = FastNormWear.from_pretrained(folder, precision=precision, backend=backend)
         _check_digest(folder, WEIGHTS_FILE, encoder.weights["sha256"], files)
@@ -319,12 +329,15 @@ class Predictor:
         _check_digest(folder, HEAD_FILE, _sha256(folder / HEAD_FILE), files)
         stored = _read_safetensors(folder / HEAD_FILE)
         channels = preparation.channel_count if channel_pool == "concat" else 1
-        head = Head(channels * encoder.config.embed_dim, task)
-        expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-        if {name: tuple(value.shape) for name, value in stored.items()} != expected:
+        features = channels * encoder.config.embed_dim
+        found = {name: tuple(value.shape) for name, value in stored.items()}
+        # Before a head of any number of channels is made of what finetune.json says.
+        fitting = found.get("linear.weight") == (len(task.classes or task.targets), features)
+        head = Head(features if fitting else 1, task)
+        if found != {name: tuple(value.shape) for name, value in head.state_dict().items()}:
             raise WeightsError(
                 f"{folder / HEAD_FILE}: not a head for {preparation.describe_channels()} and "
-                f"{len(task.classes or task.targets)} outputs"
+                f"{len(task.classes or task.targets)} outputs, as {DESCRIPTION_FILE} has it"
             )
         head.load_state_dict(stored)
         own = ("format", "format_version", "task", "pool", "channel_pool", "preparation", "files")
@@ -375,18 +388,37 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
         raise WeightsError(f"{folder}: holds no {DESCRIPTION_FILE}; a folder of finetune is right")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise WeightsError(f"{path}: cannot be read as JSON") from None
+    values = read_json(path, WeightsError)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise _not_ours(folder)
     if values.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
-            f"{path}: format_version is {values.get('format_version')!r}; this normwear-fast reads "
-            f"{FORMAT_VERSION}"
+            f"{path}: format_version is {one_line(repr(values.get('format_version')))}; this "
+            f"normwear-fast reads {FORMAT_VERSION}"
         )
+    if (
+        not fits(values, _DESCRIPTION)
+        or values.get("pool") not in get_args(TokenPool)
+        or values.get("channel_pool") not in get_args(HeadChannels)
+    ):
+        raise _not_ours(folder)
     return values
+
+
+def _preparation(values: dict[str, Any], folder: Path) -> Preparation:
+    """What finetune.json says was done to the signals, if it can be done again."""
+    names = values["channels"]
+    try:
+        found = Preparation(**values | {"channels": tuple(names) if names else None})
+        replace(found, window=found.window or 6.0).settings()
+    except (TypeError, UsageError) as error:  # a name or a value that is none of a preparation's
+        raise WeightsError(f"{folder / DESCRIPTION_FILE}: preparation: {one_line(error)}") from None
+    if found.normalize not in ("none", "window") or len(names or ()) not in (
+        0,
+        found.channel_count,
+    ):
+        raise _not_ours(folder)
+    return found
 
 
 def _not_ours(folder: Path) -> WeightsError:

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 
 from normwear_fast.errors import OutputError, one_line
+from normwear_fast.files import COUNT, fits
+from normwear_fast.weights import check_pickled_names
 
 CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = "normwear-fast pretrain 1"
+STATE = {"identity": dict, "step": COUNT, "skipped": COUNT, "model": dict, "optimizer": dict}
+"""The form of what it holds beside its format."""
 
 
 @contextlib.contextmanager
@@ -73,6 +77,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        check_pickled_names(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,4 +89,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise OutputError(f"{path}: not a checkpoint of this version of pretrain")
+    if not fits(state, STATE):
+        raise OutputError(f"{path}: is damaged; start anew with --overwrite or in another folder")
     return state

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normwear_fast.errors import OutputError, UsageError, one_line
+from normwear_fast.errors import OutputError, UsageError, one_line, reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +18,9 @@ STEPS_FILE = "steps.csv"
 PROBES_FILE = "probes.csv"
 TENSORBOARD = "tensorboard"
 PICTURES = "pictures"
+
+
+_NOT_OURS = "is damaged; move it away, and the same command goes on without what it said"
 
 
 class Log:
@@ -36,6 +39,7 @@ class Log:
                 "pretraining needs tensorboard; pip install 'normwear-fast[train]'"
             ) from None
         self.folder = folder
+        self.last_losses(1)  # a damaged curve is refused before anything is written
         for name in (STEPS_FILE, PROBES_FILE):
             _keep_rows(folder / name, step)
         self._board = SummaryWriter(
@@ -67,7 +71,10 @@ class Log:
 
     def last_losses(self, count: int) -> list[float]:
         """Of the last ``count`` steps with a finite loss."""
-        losses = [float(row["loss"]) for row in read_rows(self.folder / STEPS_FILE)]
+        path = self.folder / STEPS_FILE
+        rows = read_rows(path)
+        with reading(path, OutputError, _NOT_OURS):
+            losses = [float(row["loss"]) for row in rows]
         return [loss for loss in losses if math.isfinite(loss)][-count:]
 
     def close(self) -> None:
@@ -75,18 +82,28 @@ class Log:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV this module wrote; a last line that a kill cut short is not one."""
+    """The rows of a CSV this module wrote; a last line that a kill cut short is not one.
+
+    Raises:
+        OutputError: it is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    with reading(path, OutputError, _NOT_OURS):
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(), strict=True))
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("a row of another length than the header")
+    return rows
 
 
 def _keep_rows(path: Path, step: int) -> None:
     """Rewrites a CSV without the rows after ``step``."""
     if not path.exists():
         return
-    rows = [row for row in read_rows(path) if int(row["step"]) <= step]
+    rows = read_rows(path)
+    with reading(path, OutputError, _NOT_OURS):
+        rows = [row for row in rows if int(row["step"]) <= step]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         if rows:

@@ -29,11 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import InputError, OutputError, UsageError, one_line
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line, reading
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.optimization import decays, rate_factor
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
-from normwear_fast.pretrain.checkpoint import load_checkpoint, locked, save_checkpoint
+from normwear_fast.pretrain.checkpoint import (
+    CHECKPOINT_FILE,
+    load_checkpoint,
+    locked,
+    save_checkpoint,
+)
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
 from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches, mask_of
 from normwear_fast.pretrain.pixels import SeriesPatches
@@ -382,7 +387,9 @@ class _Task:
         module.train()
         step, skipped = 0, 0
         if state is not None:
-            self._restore(module, optimizer, state)
+            what = "does not fit this run; start anew with --overwrite or in another folder"
+            with reading(self.output / CHECKPOINT_FILE, OutputError, what):
+                self._restore(module, optimizer, state)
             step, skipped = int(state["step"]), int(state["skipped"])
             self.say(f"going on after step {step} of {settings.steps}")
         log = Log(self.output, step) if fabric.is_global_zero else None

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from normwear_fast.errors import OutputError, WeightsError, one_line
+from normwear_fast.files import fits, read_json
 from normwear_fast.weights import (
     FUSION_PREFIX,
+    _is_usable,
+    _kind,
     _locate,
     _own_storage,
     _sha256,
@@ -89,8 +92,8 @@ def fusion_from_state_dict(state_dict: Mapping[str, Tensor], label: str) -> MSiT
             for name, value in own.items()
             if name in expected and tuple(value.shape) != expected[name]
         ],
-        "not floating point": [
-            name for name, value in own.items() if not value.is_floating_point()
+        "of the wrong type": [
+            f"{name} {_kind(value)}" for name, value in own.items() if not _is_usable(name, value)
         ],
     }
     if any(lists.values()):
@@ -149,10 +152,13 @@ def save_fusion(module: MSiTF, folder: str | Path) -> None:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+    values = read_json(path, WeightsError)
     if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
         raise WeightsError(f"{path}: must be a JSON object of format_version {FORMAT_VERSION}")
+    if not fits(values.get("text_encoder"), (str, None)):
+        shown = one_line(repr(values["text_encoder"]))
+        raise WeightsError(f"{path}: text_encoder is {shown}; a name is right")
+    if values.get("preprocess") not in ("reference", "none", None):
+        shown = one_line(repr(values["preprocess"]))
+        raise WeightsError(f"{path}: preprocess is {shown}; reference or none is right")
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast.errors import InputError, WeightsError, one_line
+from normwear_fast.errors import InputError, WeightsError, one_line, reading
+from normwear_fast.files import fits, read_json
+from normwear_fast.weights import check_pickled_names
 
 RELEASED_TEXT_ENCODER = "muzammil-eds/tinyllama-2.5T-Clinical-v2"
 """Hugging Face id of the text encoder the released fusion module was trained with, 2048 wide."""
 
 BATCH_SIZE = 16
 """Sentences in one forward pass; questions and answers are short and few."""
+
+
+LAYERS = 1000
+"""No text model has so many; they would be made before their weights were missed."""
 
 
 @runtime_checkable
@@ -45,7 +51,8 @@ class _TransformersEncoder:
         self.device = torch.device(device)
         self._tokenizer, self._model = _load(str(source), offline)
         self._model.eval().requires_grad_(False).to(self.device)
-        self.max_tokens: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        self.max_tokens: int | None = longest if fits(longest, range(1, 2**31)) else None
 
     @property
     def width(self) -> int:
@@ -57,13 +64,21 @@ class _TransformersEncoder:
 
         Sentences are padded on the right and masked, so that a vector does not depend on its batch.
 
-        Raises: InputError for an empty sentence or one longer than the model reads.
+        Raises: InputError for an empty sentence or one longer than the model reads; WeightsError for a
+            tokenizer that does not belong to the model.
         """
         texts = _checked(texts)
-        ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
+        with reading(f"text encoder {self.name}", WeightsError, "its tokenizer is damaged"):
+            ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
+        known = self._model.get_input_embeddings().num_embeddings
         for text, tokens in zip(texts, ids, strict=True):
             if not tokens:
                 raise InputError(f"text {text[:60]!r} has no token the text encoder knows")
+            if max(tokens) >= known:
+                raise WeightsError(
+                    f"text encoder {self.name}: its tokenizer gives token {max(tokens)} and its model "
+                    f"knows {known}; they must be of one model"
+                )
             if self.max_tokens is not None and len(tokens) > self.max_tokens:
                 raise InputError(
                     f"text {text[:60]!r} has {len(tokens)} tokens; {self.name} reads at most "
@@ -135,22 +150,35 @@ class SentenceTransformerTextEncoder(_TransformersEncoder):
 
     def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu") -> None:
         folder = Path(folder)
-        modules = _read_json(folder / "modules.json")
-        if not isinstance(modules, list):
-            raise WeightsError(f"{folder}/modules.json: no list of modules")
-        kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
+        modules = read_json(folder / "modules.json", WeightsError)
+        if not fits(modules, [{"type": str, "path": str}]):
+            raise WeightsError(
+                f"{folder}/modules.json: no list of modules, each with type and path"
+            )
+        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise WeightsError(
                 f"{folder}: modules {', '.join(kinds)}; read here are Transformer, Pooling and "
                 "optionally Normalize"
             )
-        super().__init__(folder / modules[0].get("path", ""), device=device, offline=True)
+        for module in modules[:2]:
+            if not os.path.isdir(folder / module["path"]):  # False, too, for what no name can be
+                shown = one_line(repr(module["path"]))
+                raise WeightsError(
+                    f"{folder}/modules.json: names {shown}, which is no folder there"
+                )
+        super().__init__(folder / modules[0]["path"], device=device, offline=True)
         self.name = str(folder)
         self.normalize = "Normalize" in kinds
-        self.pooling = _pooling(folder / modules[1].get("path", "") / "config.json")
-        settings = folder / modules[0].get("path", "") / "sentence_bert_config.json"
+        self.pooling = _pooling(folder / modules[1]["path"] / "config.json")
+        settings = folder / modules[0]["path"] / "sentence_bert_config.json"
         if settings.exists():
-            self.max_tokens = _read_json(settings).get("max_seq_length") or self.max_tokens
+            values = read_json(settings, WeightsError)
+            if not fits(values, {"max_seq_length": (range(1, 2**31), None)}):
+                raise WeightsError(
+                    f"{settings}: max_seq_length must be a number of tokens, or null"
+                )
+            self.max_tokens = values["max_seq_length"] or self.max_tokens
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         pooled = hidden[:, 0] if self.pooling == "cls" else masked_mean(hidden, mask)
@@ -165,7 +193,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The encoder a source holds: sentence-transformers for a folder with ``modules.json``, else
     the released way of pooling."""
-    if (Path(source) / "modules.json").is_file():
+    if os.path.isfile(Path(source) / "modules.json"):
         return SentenceTransformerTextEncoder(source, device=device)
     return LlamaTextEncoder(source, device=device, offline=offline)
 
@@ -174,22 +202,31 @@ def _checked(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise InputError("texts is one string; pass a list of strings")
     for index, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        # Half a character, as a damaged \\u escape leaves it, is no text to a tokenizer.
+        if not isinstance(text, str) or not text.strip() or not _encodes(text):
             raise InputError(f"text {index} is {text!r}; it must be a sentence")
     if not texts:
         raise InputError("no text to encode")
     return list(texts)
 
 
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _load(source: str, offline: bool) -> tuple[Any, Any]:
     try:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
     except ImportError as error:
         raise WeightsError(
             f"text encoder {source}: the transformers package is missing; install "
             "normwear-fast[zeroshot]"
         ) from error
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         if not (Path(source) / "config.json").is_file():
             raise WeightsError(
                 f"text encoder {source}: no config.json in this folder; it must hold a model as "
@@ -198,15 +235,28 @@ def _load(source: str, offline: bool) -> tuple[Any, Any]:
         offline = True
     options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
     try:
+        for path in Path(source).glob("*.bin"):
+            check_pickled_names(path)
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             # Safetensors or, where a repository has only those, .bin files read with weights_only.
-            model = AutoModel.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
+            config = AutoConfig.from_pretrained(source, **options)
+            layers = getattr(config, "num_hidden_layers", None)
+            if not fits(layers, (range(LAYERS), None)):
+                raise ValueError(f"its config has {layers} layers")
+            model, found = AutoModel.from_pretrained(
+                source, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # sizes that do not go together
+        # What no file holds is drawn at random. Of a pooler's output nothing is asked.
+        missing = sorted(n for n in found["missing_keys"] if not n.startswith("pooler."))
+        if missing:
+            raise ValueError(f"{len(missing)} weights are in no file, {missing[0]} among them")
+    except Exception as error:  # damaged files fail in every way; tokenizers' errors have no class
         reason = one_line(error)
         advice = (
             "check its files"
-            if Path(source).is_dir()
+            if os.path.isdir(source)
             else f"run `hf download {source}` where there is a network, or name a folder that "
             "holds the model"
         )
@@ -230,15 +280,10 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({one_line(error)})") from error
-
-
 def _pooling(path: Path) -> str:
-    config = _read_json(path)
+    config = read_json(path, WeightsError)
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: holds a {type(config).__name__}; it must hold a JSON object")
     on = [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
     modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     found = [modes.get(name, name) for name in on] or [str(config.get("pooling_mode"))]
