@@ -211,15 +211,20 @@ def damage(file: Path, random: np.random.Generator) -> str:
 
 
 class Reader:
-    """A process that reads, replaced when it ends or takes too long."""
+    """A process that reads, replaced when it ends or takes too long.
 
-    def __init__(self) -> None:
+    Args:
+        script: beside this file: takes a line of JSON, and answers with one.
+    """
+
+    def __init__(self, script: str) -> None:
+        self.script = Path(__file__).with_name(script)
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, path: Path, form: str) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("damaged_reader.py")],
+                [sys.executable, self.script],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -229,17 +234,16 @@ class Reader:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
-        rate = RATE if form in CLOCKLESS else None
-        process.stdin.write(json.dumps({"path": str(path), "format": form, "rate": rate}) + "\n")
+        process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         answers: queue.Queue[str] = queue.Queue()
         stdout = process.stdout
         threading.Thread(target=lambda: answers.put(stdout.readline()), daemon=True).start()
         try:
-            line = answers.get(timeout=SECONDS)
+            line = answers.get(timeout=seconds)
         except queue.Empty:
             self.end()
-            return {"class": "hang", "why": f"{SECONDS} s"}
+            return {"class": "hang", "why": f"{seconds} s"}
         if not line:
             code = process.wait()
             self.end()
@@ -253,6 +257,25 @@ class Reader:
             self.process = None
 
 
+def summary(seed: int, results: list[dict[str, Any]], kind: str, good: set[str]) -> dict[str, Any]:
+    """What came of all inputs, by their ``kind`` and by damage, and each that did not end well."""
+
+    def classes(key: str = "", value: str = "") -> dict[str, int]:
+        some = (one["class"] for one in results if not key or one[key] == value)
+        return dict(Counter(some).most_common())
+
+    return {
+        "seed": seed,
+        "inputs": len(results),
+        "classes": classes(),
+        f"by_{kind}": {v: classes(kind, v) for v in dict.fromkeys(one[kind] for one in results)},
+        "by_damage": {
+            how: classes("damage", how) for how in sorted({one["damage"] for one in results})
+        },
+        "bad": [one for one in results if one["class"] not in good],
+    }
+
+
 def torture(folder: Path, seed: int, count: int) -> dict[str, Any]:
     """Damages `count` recordings in turn through the formats, and reads them beside good ones."""
     random = np.random.default_rng(seed)
@@ -261,12 +284,17 @@ def torture(folder: Path, seed: int, count: int) -> dict[str, Any]:
         place = folder / "good" / form
         place.mkdir(parents=True)
         good[form] = write(place)
-    reader = Reader()
+    reader = Reader("damaged_reader.py")
+
+    def ask(path: Path, form: str) -> dict[str, Any]:
+        rate = RATE if form in CLOCKLESS else None
+        return reader.ask({"path": str(path), "format": form, "rate": rate})
+
     results: list[dict[str, Any]] = []
     try:
         # a good file is read as its library does, or the comparison says nothing
         for form, path in good.items():
-            answer = reader.ask(path, form)
+            answer = ask(path, form)
             assert answer["class"] == "read as the library does", (form, answer)
         for number in range(count):
             form = list(WRITERS)[number % len(WRITERS)]
@@ -276,31 +304,18 @@ def torture(folder: Path, seed: int, count: int) -> dict[str, Any]:
             file = files[int(random.integers(len(files)))]
             how = damage(file, random)
             path = place / good[form].relative_to(folder / "good" / form)
-            answer = reader.ask(path, form)
+            answer = ask(path, form)
             results.append(
                 {"number": number, "format": form, "damage": how, "file": file.name, **answer}
             )
             if answer["class"] in GOOD_ENDS and number >= 60:
                 shutil.rmtree(place)
         for form, path in good.items():
-            answer = reader.ask(path, form)
+            answer = ask(path, form)
             assert answer["class"] == "read as the library does", (form, answer)
     finally:
         reader.end()
-    return {
-        "seed": seed,
-        "inputs": count,
-        "classes": dict(Counter(one["class"] for one in results).most_common()),
-        "by_format": {
-            form: dict(Counter(one["class"] for one in results if one["format"] == form))
-            for form in WRITERS
-        },
-        "by_damage": {
-            how: dict(Counter(one["class"] for one in results if one["damage"] == how))
-            for how in sorted({one["damage"] for one in results})
-        },
-        "bad": [one for one in results if one["class"] not in GOOD_ENDS],
-    }
+    return summary(seed, results, "format", GOOD_ENDS)
 
 
 def test_60_damaged_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
