@@ -154,60 +154,56 @@ void exponentials(float* x, int64_t keys, int64_t words, vf* sums) {
 // step across lanes, and which are then, as they lie, the panel of the second product, values^T times
 // scores. Only the result (d, LANES) is transposed.
 template <Operand OP>
-void attention_operand(const AttentionArguments& p, int threads) {
-    const int64_t d = p.head_size, width = p.heads * d;
-    const int64_t words = packed_words<OP>(d), parts = shares_of_head(p, threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t job = 0; job < p.segments * p.heads * parts; ++job) {
-        const Share share = share_of(p, job, parts, LANES);
-        const int64_t q_first = share.query, q_stop = share.query_stop, first_key = share.key, count = share.keys;
-        if (q_first >= q_stop) continue;
-        const int64_t key_words = packed_words<OP>(count);
-        const Block keys = {static_cast<uint32_t*>(scratch(KEYS, Block::bytes(count, words))), nullptr, nullptr, count,
-                            words};
-        const Block values = {static_cast<uint32_t*>(scratch(VALUES, Block::bytes(d, key_words))), nullptr, nullptr, d,
-                              key_words};
-        pack_keys<OP>(p.key_value, first_key, share.head * d, d, keys);
-        pack_values<OP>(p.key_value, first_key, count, width + share.head * d, values);
-        // A tile may have a row more than there are keys, and words go in fours.
-        float* scores = static_cast<float*>(scratch(SCORES, (count + 8) * LANES * sizeof(float)));
-        uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, words * LANES * 4));
-        const int64_t padded = ceil_div(d, 4) * 4;
-        float* columns = static_cast<float*>(scratch(PACKED_HIDDEN, (padded + TALL) * LANES * sizeof(float)));
-        float* rows = static_cast<float*>(scratch(ROW, LANES * padded * sizeof(float)));
-        for (int64_t q = q_first; q < q_stop; q += LANES) {
-            pack_queries<OP>(p.query, q, least(LANES, q_stop - q), share.head * d, d, words, queries);
-            for (int64_t i = 0; i < LANES; ++i) {  // those of the next panel
-                prefetch_row(p.query, q + LANES + i - AHEAD_ROWS, q_stop - 1, share.head * d, d);
-            }
-            for (int64_t i = 0; i < count; i += TALL) {
-                multiply_tile<OP>(tile_rows(count - i), keys.tile(i), queries, words / 4, scores + i * LANES);
-            }
-            vf sums[NV];
-            exponentials<OP>(scores, count, key_words, sums);
-            for (int64_t c = 0; c < d; c += TALL) {
-                multiply_tile<OP>(tile_rows(d - c), values.tile(c), reinterpret_cast<uint32_t*>(scores), key_words / 4,
-                                  columns + c * LANES);
-            }
-            for (int64_t c = 0; c < d; ++c) {
-                for (int v = 0; v < NV; ++v) {
-                    float* x = columns + c * LANES + v * WIDTH;
-                    store(x, load<vf>(x) / sums[v]);
-                }
-            }
-            for (int64_t c = 0; c < padded; c += 4) {
-                for (int64_t j = 0; j < LANES; j += 4) {
-                    const float* x = columns + c * LANES + j;
-                    quad r[4] = {load<quad>(x), load<quad>(x + LANES), load<quad>(x + 2 * LANES), load<quad>(x + 3 * LANES)};
-                    transpose(r[0], r[1], r[2], r[3]);
-                    for (int i = 0; i < 4; ++i) store(rows + (j + i) * padded + c, r[i]);
-                }
-            }
-            View out = p.out;
-            const int64_t size = out.type == Type::float32 ? 4 : 2;
-            out.data = static_cast<char*>(out.data) + share.head * d * size;
-            for (int64_t i = 0; i < least(LANES, q_stop - q); ++i) write_row(out, q + i, d, rows + i * padded);
+void attention_job(const AttentionArguments& p, int64_t parts, int64_t job) {
+    const int64_t d = p.head_size, width = p.heads * d, words = packed_words<OP>(d);
+    const Share share = share_of(p, job, parts, LANES);
+    const int64_t q_first = share.query, q_stop = share.query_stop, first_key = share.key, count = share.keys;
+    if (q_first >= q_stop) return;
+    const int64_t key_words = packed_words<OP>(count);
+    const Block keys = {static_cast<uint32_t*>(scratch(KEYS, Block::bytes(count, words))), nullptr, nullptr, count,
+                        words};
+    const Block values = {static_cast<uint32_t*>(scratch(VALUES, Block::bytes(d, key_words))), nullptr, nullptr, d,
+                          key_words};
+    pack_keys<OP>(p.key_value, first_key, share.head * d, d, keys);
+    pack_values<OP>(p.key_value, first_key, count, width + share.head * d, values);
+    // A tile may have a row more than there are keys, and words go in fours.
+    float* scores = static_cast<float*>(scratch(SCORES, (count + 8) * LANES * sizeof(float)));
+    uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, words * LANES * 4));
+    const int64_t padded = ceil_div(d, 4) * 4;
+    float* columns = static_cast<float*>(scratch(PACKED_HIDDEN, (padded + TALL) * LANES * sizeof(float)));
+    float* rows = static_cast<float*>(scratch(ROW, LANES * padded * sizeof(float)));
+    for (int64_t q = q_first; q < q_stop; q += LANES) {
+        pack_queries<OP>(p.query, q, least(LANES, q_stop - q), share.head * d, d, words, queries);
+        for (int64_t i = 0; i < LANES; ++i) {  // those of the next panel
+            prefetch_row(p.query, q + LANES + i - AHEAD_ROWS, q_stop - 1, share.head * d, d);
         }
+        for (int64_t i = 0; i < count; i += TALL) {
+            multiply_tile<OP>(tile_rows(count - i), keys.tile(i), queries, words / 4, scores + i * LANES);
+        }
+        vf sums[NV];
+        exponentials<OP>(scores, count, key_words, sums);
+        for (int64_t c = 0; c < d; c += TALL) {
+            multiply_tile<OP>(tile_rows(d - c), values.tile(c), reinterpret_cast<uint32_t*>(scores), key_words / 4,
+                              columns + c * LANES);
+        }
+        for (int64_t c = 0; c < d; ++c) {
+            for (int v = 0; v < NV; ++v) {
+                float* x = columns + c * LANES + v * WIDTH;
+                store(x, load<vf>(x) / sums[v]);
+            }
+        }
+        for (int64_t c = 0; c < padded; c += 4) {
+            for (int64_t j = 0; j < LANES; j += 4) {
+                const float* x = columns + c * LANES + j;
+                quad r[4] = {load<quad>(x), load<quad>(x + LANES), load<quad>(x + 2 * LANES), load<quad>(x + 3 * LANES)};
+                transpose(r[0], r[1], r[2], r[3]);
+                for (int i = 0; i < 4; ++i) store(rows + (j + i) * padded + c, r[i]);
+            }
+        }
+        View out = p.out;
+        const int64_t size = out.type == Type::float32 ? 4 : 2;
+        out.data = static_cast<char*>(out.data) + share.head * d * size;
+        for (int64_t i = 0; i < least(LANES, q_stop - q); ++i) write_row(out, q + i, d, rows + i * padded);
     }
 }
 

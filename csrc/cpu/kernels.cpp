@@ -6,6 +6,9 @@
 #include <cstring>
 #include <new>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #ifdef NORMWEAR_AMX
@@ -74,10 +77,11 @@ const Kernels* kernels(const char* name) {
 
 namespace {
 
-// Grows and stays; freed with its thread.
+// Grows and stays, but for what is huge; freed with its thread.
 struct Scratch {
     void* data[16] = {};
     std::int64_t bytes[16] = {};
+    bool huge = false;
 
     ~Scratch() {
         for (void* p : data) std::free(p);
@@ -86,11 +90,14 @@ struct Scratch {
 
 thread_local Scratch mine;
 
+constexpr std::int64_t kept = 64 << 20;  // of a slot
+
 }  // namespace
 
 void* scratch(int slot, std::int64_t bytes) {
     if (mine.bytes[slot] < bytes) {
         std::free(mine.data[slot]);
+        mine.data[slot] = nullptr;
         mine.bytes[slot] = 0;
         // A packed block, read again for every 32 outputs, lies on huge pages: 5 to 10 % of a layer on the tile unit.
         const std::size_t alignment = bytes >= (256 << 10) ? 2 << 20 : 64;
@@ -101,8 +108,35 @@ void* scratch(int slot, std::int64_t bytes) {
         if (alignment > 64) madvise(mine.data[slot], rounded, MADV_HUGEPAGE);
 #endif
         mine.bytes[slot] = static_cast<std::int64_t>(rounded);
+        mine.huge = mine.huge || mine.bytes[slot] > kept;
     }
     return mine.data[slot];
+}
+
+void trim_scratch() noexcept {
+    if (!mine.huge) return;
+    for (int slot = 0; slot < 16; ++slot) {
+        if (mine.bytes[slot] <= kept) continue;
+        std::free(mine.data[slot]);
+        mine.data[slot] = nullptr;
+        mine.bytes[slot] = 0;
+    }
+    mine.huge = false;
+}
+
+#if defined(__SSE__)
+Arithmetic::Arithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+Arithmetic::~Arithmetic() { _mm_setcsr(before_); }
+#else
+Arithmetic::Arithmetic() {
+    fegetenv(&before_);
+    fesetenv(FE_DFL_ENV);
+}
+Arithmetic::~Arithmetic() { fesetenv(&before_); }
+#endif
+
+void Failure::raise() const {
+    if (happened_) throw std::bad_alloc();
 }
 
 int cpu_team(int threads, std::int64_t work, std::int64_t grain) {

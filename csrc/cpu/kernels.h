@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if !defined(__SSE__)
+#include <fenv.h>
+#endif
+
 namespace normwear {
 
 // Values of an activation in memory.
@@ -126,6 +130,37 @@ const Kernels* kernels(const char* name);
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next use; slots do not overlap.
 void* scratch(int slot, std::int64_t bytes);
+
+// Gives back what of it one huge window needed: slots of more than 64 MB.
+void trim_scratch() noexcept;
+
+// While it lives its thread computes as a fresh process does: rounding to nearest, subnormal values kept, no traps.
+// Another library may have changed that in the caller's thread (torch.set_flush_denormal, one linked with
+// -ffast-math), and a worker has what its creator had when it started: a row's bits would depend on who computes it.
+class Arithmetic {
+public:
+    Arithmetic();
+    ~Arithmetic();
+    Arithmetic(const Arithmetic&) = delete;
+
+private:
+#if defined(__SSE__)
+    unsigned before_;
+#else
+    fenv_t before_;
+#endif
+};
+
+// An exception that leaves a parallel region ends the process. So each job catches what `scratch` throws, the only
+// one there is, and it is thrown again behind the region; what the operator was writing is then incomplete.
+class Failure {
+public:
+    void note() noexcept { __atomic_store_n(&happened_, true, __ATOMIC_RELAXED); }
+    void raise() const;  // std::bad_alloc
+
+private:
+    bool happened_ = false;
+};
 
 // How many of `threads` are worth waking for `work` steps: parallel.h's team_size.
 int cpu_team(int threads, std::int64_t work, std::int64_t grain);

@@ -14,6 +14,12 @@ namespace normwear {
 namespace NORMWEAR_ISA {
 namespace {
 
+template <Operand OP>
+void attention_operand(const AttentionArguments& p, int threads) {
+    const int64_t parts = shares_of_head(p, threads);
+    in_turn(p.segments * p.heads * parts, threads, [&](int64_t job) { attention_job<OP>(p, parts, job); });
+}
+
 void attention(const AttentionArguments& p, int threads) {
     int64_t work = 0;
     for (int64_t i = 0; i < p.segments; ++i) {
@@ -42,20 +48,18 @@ void updated_row(const float* residual, const View& update, int64_t row, int64_t
 
 void residual_norm(const NormArguments& p, int threads) {
     threads = cpu_team(threads, p.rows * p.width, 1 << 15);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < p.rows; ++i) {
+    evenly(p.rows, threads, [&](int64_t i) {
         float* row = static_cast<float*>(scratch(ROW, p.width * sizeof(float)));
         updated_row(p.residual + i * p.width, p.update, i, p.width, row);
         if (p.update.data) memcpy(p.residual + i * p.width, row, p.width * sizeof(float));
         standardise_row(row, p.carried, p.eps, p.width);
         write_row(p.out, i, p.width, row);
-    }
+    });
 }
 
 void bias_gelu(View x, const float* bias, int64_t rows, int64_t width, int threads) {
     threads = cpu_team(threads, rows * width, 1 << 15);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; ++i) {
+    evenly(rows, threads, [&](int64_t i) {
         if (x.type == Type::float32) {
             bias_gelu_row(static_cast<float*>(x.data) + i * x.stride, bias, width);
         } else {
@@ -64,18 +68,17 @@ void bias_gelu(View x, const float* bias, int64_t rows, int64_t width, int threa
             bias_gelu_row(row, bias, width);
             write_row(x, i, width, row);
         }
-    }
+    });
 }
 
 void quantise(const QuantiseArguments& p, int threads) {
     threads = cpu_team(threads, p.rows * p.width, 1 << 15);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < p.rows; ++i) {
+    evenly(p.rows, threads, [&](int64_t i) {
         float* row = static_cast<float*>(scratch(ROW, p.width * sizeof(float)));
         read_row(p.x, i, p.width, row);
         if (p.bias) bias_gelu_row(row, p.bias, p.width);
         quantise_row(row, p.width, p.out + i * p.width, p.scale + i, p.offset + i);
-    }
+    });
 }
 
 void normed_row(const PoolArguments& p, int64_t row, float* out) {
@@ -94,8 +97,7 @@ void scale_row(const PoolArguments& p, float* x) {
 void pool_norm(const PoolArguments& p, int threads) {
     const int64_t tokens = p.bounds[p.sequences], rows = p.pool == 2 ? tokens : p.sequences;
     threads = cpu_team(threads, (p.pool == 1 ? p.sequences : tokens) * p.width, 1 << 15);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < rows; ++i) {
+    evenly(rows, threads, [&](int64_t i) {
         float* out = p.out + i * p.width;
         if (p.pool != 0) {
             normed_row(p, p.pool == 1 ? p.bounds[i] : i, out);
@@ -113,7 +115,7 @@ void pool_norm(const PoolArguments& p, int threads) {
             for (int64_t j = 0; j < p.width; ++j) out[j] *= share;
         }
         scale_row(p, out);
-    }
+    });
 }
 
 int64_t words(Operand operand, int64_t k) {

@@ -75,7 +75,8 @@ void standardise_row(float* x, const float* carried, float eps, int64_t n) {
     for (; i < n; ++i) x[i] = (x[i] - mean) * inverse;
 }
 
-// x ~ scale * q + offset with q in 0..255: the whole range of the row, affine.
+// x ~ scale * q + offset with q in 0..255: the whole range of the row, affine. A row that holds NaN or an infinity,
+// or whose range is one, has the scale and offset NaN: no product of it is finite.
 void quantise_row(const float* x, int64_t n, uint8_t* q, float* scale, float* offset) {
     vf low[4], high[4];
     for (int j = 0; j < 4; ++j) low[j] = high[j] = broadcast(x[0]);
@@ -94,29 +95,41 @@ void quantise_row(const float* x, int64_t n, uint8_t* q, float* scale, float* of
         largest = x[j] > largest ? x[j] : largest;
     }
     const float step = (largest - smallest) / 255.0f;
-    const float inverse = step > 0 ? 1.0f / step : 0.0f;
-    *scale = step;
-    *offset = smallest;
+    // 1 / step of a subnormal step may be infinite; such a row is constant but for 2^-118.
+    const float inverse = step >= 1.17549435e-38f ? 1.0f / step : 0.0f;
     const vf magic = broadcast(12582912.0f);  // its low byte is the nearest integer
-    for (i = 0; i + WIDTH <= n; i += WIDTH) {
-        const vf t = (load<vf>(x + i) - smallest) * inverse + magic;
-        vi v = as_int(t) - as_int(magic);
+    const auto put = [&](int64_t at) __attribute__((always_inline)) {
+        const vf t = (load<vf>(x + at) - smallest) * inverse + magic;
+        const vi v = as_int(t) - as_int(magic);
         // Compilers convert to bytes one by one.
 #if defined(__AVX512F__)
-        store(q + i, _mm512_cvtusepi32_epi8((__m512i)v));
+        store(q + at, _mm512_cvtusepi32_epi8((__m512i)v));
 #elif defined(__AVX2__)
         const __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v), bytes = _mm256_packus_epi16(words, words);
-        store(q + i, _mm256_extract_epi32(bytes, 0));
-        store(q + i + 4, _mm256_extract_epi32(bytes, 4));
+        store(q + at, _mm256_extract_epi32(bytes, 0));
+        store(q + at + 4, _mm256_extract_epi32(bytes, 4));
 #else
-        v = v > 255 ? vi{} + 255 : v;
-        store(q + i, __builtin_convertvector((vu)v, vb));
+        store(q + at, __builtin_convertvector((vu)(v > 255 ? vi{} + 255 : v), vb));
 #endif
+        return v;
+    };
+    // Minimum and maximum lose a NaN, but it comes out of `put` as more than eight bits, and so does an infinity, which
+    // is 0 times infinity there. Two vectors at a time: or-ing three is one instruction.
+    vi seen = {};
+    for (i = 0; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        const vi first = put(i), second = put(i + WIDTH);
+        seen |= first | second;
     }
+    for (; i + WIDTH <= n; i += WIDTH) seen |= put(i);
+    bool finite = !any(seen & ~511);
     for (; i < n; ++i) {
         const float t = (x[i] - smallest) * inverse;
-        q[i] = static_cast<uint8_t>(t >= 254.5f ? 255 : __builtin_rintf(t));
+        const bool in_range = t >= 0 && t < 256;
+        finite = finite && in_range;
+        q[i] = static_cast<uint8_t>(!in_range ? 0 : t >= 254.5f ? 255 : __builtin_rintf(t));
     }
+    *scale = finite ? step : __builtin_nanf("");
+    *offset = finite ? smallest : __builtin_nanf("");
 }
 
 }  // namespace

@@ -179,71 +179,67 @@ private:
 
 // One job a head, or a share of its queries.
 template <Operand OP>
-void attention_operand(const AttentionArguments& p, int threads) {
+void attention_job(const AttentionArguments& p, int64_t parts, int64_t job) {
     const int64_t d = p.head_size, width = p.heads * d, steps = ceil_div(d, 32);
-    const int64_t parts = shares_of_head(p, threads);
     constexpr int64_t of_panel = PARTS<OP> * 2 * TILE_WORDS;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t job = 0; job < p.segments * p.heads * parts; ++job) {
-        [[maybe_unused]] const Tiles tiles;
-        const Share share = share_of(p, job, parts, STRIP);
-        const int64_t q_first = share.query, q_stop = share.query_stop, count = share.keys, column = share.head * d;
-        if (q_first >= q_stop) continue;
-        const int64_t panels = ceil_div(count, LANES);
-        uint32_t* keys = static_cast<uint32_t*>(scratch(KEYS, panels * steps * of_panel * 4));
-        uint32_t* values = static_cast<uint32_t*>(scratch(VALUES, ceil_div(d, LANES) * panels * of_panel * 4));
-        pack_keys<OP>(p.key_value, share.key, count, column, d, keys);
-        pack_values<OP>(p.key_value, share.key, count, width + column, d, values);
-        const int64_t query_tile = steps * PARTS<OP> * TILE_WORDS, power_tile = panels * PARTS<OP> * TILE_WORDS;
-        uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, steps * of_panel * 4));
-        float* scores = static_cast<float*>(scratch(SCORES, 2 * panels * SCORE_PANEL * sizeof(float)));
-        uint32_t* powers = static_cast<uint32_t*>(scratch(PACKED_HIDDEN, 2 * panels * of_panel * 4));
-        float* sums = static_cast<float*>(scratch(SUMS, PAIR_SUMS * sizeof(float)));
-        float shares[2][STRIP];
-        Softmax<OP> softmax(count);
-        const int64_t times = (steps + ceil_div(d, LANES)) * panels * PRODUCTS<OP>;
-        const int64_t pieces = ceil_div(softmax.pieces(STRIP), times);
-        const auto between = [&] { softmax.some(pieces); };
-        // Scores of strip s, softmax of the one before, output of the one before that.
-        const int64_t mine = ceil_div(q_stop - q_first, STRIP);
-        for (int64_t s = 0; s < mine + 2; ++s) {
-            const auto rows_of = [&](int64_t strip) { return least(STRIP, q_stop - q_first - strip * STRIP); };
-            const auto scores_of = [&](int64_t strip) { return scores + strip % 2 * panels * SCORE_PANEL; };
-            const auto powers_of = [&](int64_t strip) { return powers + strip % 2 * panels * of_panel; };
-            if (s > 0 && s <= mine) softmax.start(scores_of(s - 1), powers_of(s - 1), shares[(s - 1) % 2], rows_of(s - 1));
-            if (s < mine) {
-                const int64_t rows = rows_of(s);
-                for (int64_t i = 0; i < rows; ++i) {
-                    for (int64_t step = 0; step < steps; ++step) {
-                        row_step<OP>(p.query, q_first + s * STRIP + i, column + 32 * step, least(32, d - 32 * step),
-                                     queries + i / TALL * query_tile + step * PARTS<OP> * TILE_WORDS + i % TALL * 16);
-                    }
-                }
-                for (int64_t panel = 0; panel < panels; ++panel) {
-                    multiply_pair<OP>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
-                                      scores_of(s) + panel * SCORE_PANEL, true, false, between);
+    [[maybe_unused]] const Tiles tiles;
+    const Share share = share_of(p, job, parts, STRIP);
+    const int64_t q_first = share.query, q_stop = share.query_stop, count = share.keys, column = share.head * d;
+    if (q_first >= q_stop) return;
+    const int64_t panels = ceil_div(count, LANES);
+    uint32_t* keys = static_cast<uint32_t*>(scratch(KEYS, panels * steps * of_panel * 4));
+    uint32_t* values = static_cast<uint32_t*>(scratch(VALUES, ceil_div(d, LANES) * panels * of_panel * 4));
+    pack_keys<OP>(p.key_value, share.key, count, column, d, keys);
+    pack_values<OP>(p.key_value, share.key, count, width + column, d, values);
+    const int64_t query_tile = steps * PARTS<OP> * TILE_WORDS, power_tile = panels * PARTS<OP> * TILE_WORDS;
+    uint32_t* queries = static_cast<uint32_t*>(scratch(PACKED, steps * of_panel * 4));
+    float* scores = static_cast<float*>(scratch(SCORES, 2 * panels * SCORE_PANEL * sizeof(float)));
+    uint32_t* powers = static_cast<uint32_t*>(scratch(PACKED_HIDDEN, 2 * panels * of_panel * 4));
+    float* sums = static_cast<float*>(scratch(SUMS, PAIR_SUMS * sizeof(float)));
+    float shares[2][STRIP];
+    Softmax<OP> softmax(count);
+    const int64_t times = (steps + ceil_div(d, LANES)) * panels * PRODUCTS<OP>;
+    const int64_t pieces = ceil_div(softmax.pieces(STRIP), times);
+    const auto between = [&] { softmax.some(pieces); };
+    // Scores of strip s, softmax of the one before, output of the one before that.
+    const int64_t mine = ceil_div(q_stop - q_first, STRIP);
+    for (int64_t s = 0; s < mine + 2; ++s) {
+        const auto rows_of = [&](int64_t strip) { return least(STRIP, q_stop - q_first - strip * STRIP); };
+        const auto scores_of = [&](int64_t strip) { return scores + strip % 2 * panels * SCORE_PANEL; };
+        const auto powers_of = [&](int64_t strip) { return powers + strip % 2 * panels * of_panel; };
+        if (s > 0 && s <= mine) softmax.start(scores_of(s - 1), powers_of(s - 1), shares[(s - 1) % 2], rows_of(s - 1));
+        if (s < mine) {
+            const int64_t rows = rows_of(s);
+            for (int64_t i = 0; i < rows; ++i) {
+                for (int64_t step = 0; step < steps; ++step) {
+                    row_step<OP>(p.query, q_first + s * STRIP + i, column + 32 * step, least(32, d - 32 * step),
+                                 queries + i / TALL * query_tile + step * PARTS<OP> * TILE_WORDS + i % TALL * 16);
                 }
             }
-            for (int64_t c = 0; s >= 2 && c < d; c += LANES) {
-                const int64_t rows = rows_of(s - 2), q = q_first + (s - 2) * STRIP;
-                multiply_pair<OP>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
-                                  values + c / LANES * panels * of_panel, panels, sums, true, false, between);
-                for (int64_t i = 0; i < rows; ++i) {
-                    const int64_t to = (q + i) * p.out.stride + column + c;
-                    for (int v = 0; v < 2; ++v) {
-                        const __mmask16 mask = first_lanes(d - c - 16 * v);
-                        const __m512 y = (__m512)(load<vf>(sums_of(sums, i) + v * TILE_WORDS) * shares[s % 2][i]);
-                        if (p.out.type == Type::float32) {
-                            _mm512_mask_storeu_ps(static_cast<float*>(p.out.data) + to + 16 * v, mask, y);
-                        } else {
-                            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p.out.data) + to + 16 * v, mask,
-                                                     (__m256i)_mm512_cvtneps_pbh(y));
-                        }
-                    }
-                }
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                multiply_pair<OP>(ceil_div(rows, TALL), queries, query_tile, keys + panel * steps * of_panel, steps,
+                                  scores_of(s) + panel * SCORE_PANEL, true, false, between);
             }
-            softmax.all();
         }
+        for (int64_t c = 0; s >= 2 && c < d; c += LANES) {
+            const int64_t rows = rows_of(s - 2), q = q_first + (s - 2) * STRIP;
+            multiply_pair<OP>(ceil_div(rows, TALL), powers_of(s - 2), power_tile,
+                              values + c / LANES * panels * of_panel, panels, sums, true, false, between);
+            for (int64_t i = 0; i < rows; ++i) {
+                const int64_t to = (q + i) * p.out.stride + column + c;
+                for (int v = 0; v < 2; ++v) {
+                    const __mmask16 mask = first_lanes(d - c - 16 * v);
+                    const __m512 y = (__m512)(load<vf>(sums_of(sums, i) + v * TILE_WORDS) * shares[s % 2][i]);
+                    if (p.out.type == Type::float32) {
+                        _mm512_mask_storeu_ps(static_cast<float*>(p.out.data) + to + 16 * v, mask, y);
+                    } else {
+                        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p.out.data) + to + 16 * v, mask,
+                                                 (__m256i)_mm512_cvtneps_pbh(y));
+                    }
+                }
+            }
+        }
+        softmax.all();
     }
 }
 

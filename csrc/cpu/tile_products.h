@@ -6,8 +6,9 @@
 // left (3 x 8 bits of significand and signs). Of the nine products of parts hh, hm, mh, mm, hl and lh are added;
 // ml, lm and ll are below 2^-23 of the product together and of either sign. Each part's product is exact in float32, and
 // a step's 32 are summed before they meet the sum, so the error is that of float32 arithmetic, or smaller.
-// At the ends of the range: from 3.396e38 on h is infinite and the sum NaN; the unit counts subnormal values as zero,
-// parts too, so values below 2^-103 lose their last bits.
+// At the ends of the range: from 3.396e38 on h is infinite, m its difference to x, infinite too or NaN, and the sum NaN,
+// where float32's own product of an infinity would be infinite; never is it finite. The unit counts subnormal values as
+// zero, parts too, so values below 2^-103 lose their last bits.
 //
 // Of k, 1 to 8 values past whole steps are a short step of two products: their parts lie side by side, [m m h h]
 // to meet [m h m h] and [h l] to meet [l h]; the unit adds them from the left, the small ones first. The released
@@ -35,7 +36,7 @@ constexpr int64_t TILE_WORDS = TALL * 16;
 // from the second; all of k at once reads both from there and runs at 0.7 of the rate. float32 does three to six
 // times the work on a loaded tile and need not care.
 template <Operand OP>
-constexpr int64_t STEPS_AT_ONCE = OP == Operand::float32 ? 1 << 20 : 12;
+constexpr int64_t STEPS_AT_ONCE = OP == Operand::float32 ? int64_t{1} << 60 : 12;
 
 // Rows of a block. A block reads all weights once from the third cache, at 17 GB/s 0.12 ns a bfloat16 weight,
 // and computes 2 FLOPs a row and weight meanwhile; the block and the residual's rows fill the second cache.

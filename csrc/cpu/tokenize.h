@@ -176,73 +176,75 @@ void project(const Block& block, const Packed& w, const float* rows_template, fl
 
 #endif
 
-void tokenize(const TokenizeArguments& p, int threads) {
-    // Patch rows of a block: its scalogram, as the rows of the projection, is 400 KB at most.
+// A share of a sequence's rows of patches.
+void tokenize_job(const TokenizeArguments& p, int64_t parts, int64_t job) {
+    [[maybe_unused]] const Tiles tiles;
     const int64_t tile = RV * WIDTH, k_patch = p.weight.k, height = p.patch_rows, scales = p.patch_scales;
     const int64_t step = k_patch / height;  // values of one scalogram row of a patch
-    const int64_t fitting = most(1, (400 << 10) / (p.columns * k_patch * 4));
+    const int64_t s = job / parts, part = job % parts, entry = p.table[s];
+    const int64_t all = (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns;
+    const int64_t t_first = all * part / parts, t_count = all * (part + 1) / parts - t_first;
+    const float* x = p.series + p.samples[s];
+    const int64_t length = p.samples[s + 1] - p.samples[s], series = length - 2, padding = p.padding[entry];
+    const float* rows_template = p.templates[entry];
+    float* residual = p.residual + p.tokens[s] * p.width;
+    if (part == 0) memcpy(residual, rows_template, p.width * sizeof(float));
+    if (t_count == 0) return;
+
+    const int64_t rows = t_count * p.columns, n_first = t_first * height, n_count = t_count * height;
+    float* patches = static_cast<float*>(scratch(PATCHES, rows * k_patch * sizeof(float)));
+    const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
+    void* bytes = scratch(BYTES, block.words * 4);
+    int64_t last_tap = 0;
+    for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][4 * f + 1]);
+    const int64_t reach = ceil_div(n_count, tile) * tile + last_tap;
+    float* local = static_cast<float*>(scratch(SERIES, reach * sizeof(float)));
+    float y[SCALES_AT_ONCE * RV * WIDTH];
+    for (int order = 0; order < 3; ++order) {
+        differences(x, length, order, n_first - padding, reach, local);
+        for (int64_t f = 0; f < p.columns; ++f) {
+            const int64_t* span = p.spans[entry] + 4 * f;
+            for (int64_t r = 0; r < n_count; r += tile) {
+                // Taps that meet samples, not only the zeros around them; 0 is the span's first. Zeros change no
+                // bit of a sum, so that a row's value does not depend on the rows it is computed with.
+                const int64_t n = n_first + r, taps_count = span[1] - span[0];
+                Taps t = {most(0, padding - n - tile + 1 - span[0]), least(taps_count, series + padding - n - span[0]),
+                          taps_count, span[3] != 0};
+                if (t.even) {
+                    const int64_t low = most(0, least(t.first, taps_count - t.stop));
+                    t.stop = least(taps_count / 2, most(t.stop, taps_count - t.first));
+                    t.first = low;
+                }
+                for (int64_t scale = 0; scale < scales; scale += SCALES_AT_ONCE) {
+                    const int64_t count = least(SCALES_AT_ONCE, scales - scale);
+                    filter_scales(count, n_count - r, local + r + span[0], p.taps[entry] + span[2] + scale, scales, t, y);
+                    // Row r + j of the scalogram is row dt of patch t.
+                    float* to = patches + f * k_patch + order * scales + scale;
+                    int64_t t = r / height, dt = r % height;
+                    for (int64_t j = 0, end; j < least(tile, n_count - r); j = end, dt = 0, ++t) {
+                        end = least(j + height - dt, least(tile, n_count - r));
+                        float* at = to + t * p.columns * k_patch + dt * step;
+                        if (count == SCALES_AT_ONCE) scatter<SCALES_AT_ONCE>(y, j, end, at, step);
+                        else scatter<1>(y, j, end, at, step, count);
+                    }
+                }
+            }
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) pack_row<Operand::float32>(block, i, patches + i * k_patch, k_patch, bytes);
+    const int64_t token = (1 + t_first * p.columns) * p.width;
+    project(block, p.weight, rows_template + token, residual + token);
+}
+
+void tokenize(const TokenizeArguments& p, int threads) {
+    // Patch rows of a block: its scalogram, as the rows of the projection, is 400 KB at most.
+    const int64_t fitting = most(1, (400 << 10) / (p.columns * p.weight.k * 4));
     int64_t longest = 0;
     for (int64_t s = 0; s < p.sequences; ++s) longest = most(longest, (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns);
     threads = cpu_team(threads, p.tokens[p.sequences] * p.width, 1 << 13);
     const int64_t shares = threads > 1 ? ceil_div(4 * threads, p.sequences) : 1;
     const int64_t parts = most(1, least(longest, most(ceil_div(longest, fitting), shares)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t job = 0; job < p.sequences * parts; ++job) {
-        [[maybe_unused]] const Tiles tiles;
-        const int64_t s = job / parts, part = job % parts, entry = p.table[s];
-        const int64_t all = (p.tokens[s + 1] - p.tokens[s] - 1) / p.columns;
-        const int64_t t_first = all * part / parts, t_count = all * (part + 1) / parts - t_first;
-        const float* x = p.series + p.samples[s];
-        const int64_t length = p.samples[s + 1] - p.samples[s], series = length - 2, padding = p.padding[entry];
-        const float* rows_template = p.templates[entry];
-        float* residual = p.residual + p.tokens[s] * p.width;
-        if (part == 0) memcpy(residual, rows_template, p.width * sizeof(float));
-        if (t_count == 0) continue;
-
-        const int64_t rows = t_count * p.columns, n_first = t_first * height, n_count = t_count * height;
-        float* patches = static_cast<float*>(scratch(PATCHES, rows * k_patch * sizeof(float)));
-        const Block block = new_block(PACKED, rows, packed_words<Operand::float32>(k_patch));
-        void* bytes = scratch(BYTES, block.words * 4);
-        int64_t last_tap = 0;
-        for (int64_t f = 0; f < p.columns; ++f) last_tap = most(last_tap, p.spans[entry][4 * f + 1]);
-        const int64_t reach = ceil_div(n_count, tile) * tile + last_tap;
-        float* local = static_cast<float*>(scratch(SERIES, reach * sizeof(float)));
-        float y[SCALES_AT_ONCE * RV * WIDTH];
-        for (int order = 0; order < 3; ++order) {
-            differences(x, length, order, n_first - padding, reach, local);
-            for (int64_t f = 0; f < p.columns; ++f) {
-                const int64_t* span = p.spans[entry] + 4 * f;
-                for (int64_t r = 0; r < n_count; r += tile) {
-                    // Taps that meet samples, not only the zeros around them; 0 is the span's first. Zeros change no
-                    // bit of a sum, so that a row's value does not depend on the rows it is computed with.
-                    const int64_t n = n_first + r, taps_count = span[1] - span[0];
-                    Taps t = {most(0, padding - n - tile + 1 - span[0]), least(taps_count, series + padding - n - span[0]),
-                              taps_count, span[3] != 0};
-                    if (t.even) {
-                        const int64_t low = most(0, least(t.first, taps_count - t.stop));
-                        t.stop = least(taps_count / 2, most(t.stop, taps_count - t.first));
-                        t.first = low;
-                    }
-                    for (int64_t scale = 0; scale < scales; scale += SCALES_AT_ONCE) {
-                        const int64_t count = least(SCALES_AT_ONCE, scales - scale);
-                        filter_scales(count, n_count - r, local + r + span[0], p.taps[entry] + span[2] + scale, scales, t, y);
-                        // Row r + j of the scalogram is row dt of patch t.
-                        float* to = patches + f * k_patch + order * scales + scale;
-                        int64_t t = r / height, dt = r % height;
-                        for (int64_t j = 0, end; j < least(tile, n_count - r); j = end, dt = 0, ++t) {
-                            end = least(j + height - dt, least(tile, n_count - r));
-                            float* at = to + t * p.columns * k_patch + dt * step;
-                            if (count == SCALES_AT_ONCE) scatter<SCALES_AT_ONCE>(y, j, end, at, step);
-                            else scatter<1>(y, j, end, at, step, count);
-                        }
-                    }
-                }
-            }
-        }
-        for (int64_t i = 0; i < rows; ++i) pack_row<Operand::float32>(block, i, patches + i * k_patch, k_patch, bytes);
-        const int64_t token = (1 + t_first * p.columns) * p.width;
-        project(block, p.weight, rows_template + token, residual + token);
-    }
+    in_turn(p.sequences * parts, threads, [&](int64_t job) { tokenize_job(p, parts, job); });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 #pragma GCC diagnostic pop
 #endif
 
-#include "kernels.h"
+#include "team.h"
 
 namespace normwear {
 namespace NORMWEAR_ISA {
@@ -96,6 +96,19 @@ inline float largest_lane(vf v) {
         for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     }
     return x[0];
+}
+
+// Whether any bit of any lane is set.
+inline bool any(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+    int32_t all = 0;
+    for (int i = 0; i < WIDTH; ++i) all |= v[i];
+    return all;
+#endif
 }
 
 // To the nearest even, as every conversion to bfloat16 in the project.
