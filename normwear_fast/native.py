@@ -24,11 +24,11 @@ from torch import Tensor
 from normwear_fast import _native, operators
 from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import UsageError
+from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder
 from normwear_fast.operators import Pool, Tokenizer
 from normwear_fast.packing import Layout, Segments
-from normwear_fast.wavelets import ScalogramMethod, wavelet_bank
+from normwear_fast.wavelets import ScalogramMethod, scalogram_rows, wavelet_bank
 
 INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Best first. ``amx`` is the tile unit with bfloat16 and int8, whose float32 is three bfloat16 a value
@@ -141,25 +141,58 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _rows(*tensors: Tensor | None) -> bool:
-    """Whether all are CPU matrices of a type the kernels know, with contiguous rows."""
-    return all(
-        x is None
-        or (x.device.type == "cpu" and x.dtype in _TYPES and x.ndim == 2 and _unit_stride(x))
-        for x in tensors
-    )
+# The checks are a third of what a call of a few rows takes: attributes that cost 50 ns, no generators.
 
 
-def _unit_stride(x: Tensor) -> bool:
-    return x.shape[-1] <= 1 or x.stride(-1) == 1
+def _rows(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    """Whether all are CPU matrices of this shape and a type the kernels know, with contiguous rows."""
+    if len(shape) != 2:
+        return False
+    for x in tensors:
+        if x is not None and not (
+            x.is_cpu
+            and x.dtype in _TYPES
+            and x.shape == shape
+            and (shape[1] <= 1 or x.stride()[1] == 1)
+            and x.data_ptr() % x.itemsize == 0
+        ):
+            return False
+    return True
 
 
-def _whole(*tensors: Tensor | None) -> bool:
-    """Whether all are contiguous float32 on the CPU."""
-    return all(
-        x is None or (x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous())
-        for x in tensors
-    )
+def _apart(x: Tensor | None) -> bool:
+    """Whether no two rows share memory, as those of an expanded tensor do: what is written to."""
+    if x is None:
+        return True
+    rows, width = x.shape
+    return rows <= 1 or x.stride()[0] >= width
+
+
+def _whole(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    """Whether all are contiguous float32 of this shape on the CPU."""
+    for x in tensors:
+        if x is not None and not (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and x.shape == shape
+            and x.is_contiguous()
+            and x.data_ptr() % 4 == 0
+        ):
+            return False
+    return True
+
+
+def _within(operator: str, what: str, segments: Segments, rows: int) -> None:
+    """Refuses segments of more rows than there are: the definition's slices would only be shorter."""
+    if segments.total > rows:
+        raise InputError(f"{operator}: {what} are {segments.total} rows, and there are {rows}")
+
+
+def _what(x: Tensor | None) -> str:
+    if x is None:
+        return "None"
+    strides = "" if x.is_contiguous() else f" of strides {x.stride()}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{strides}"
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +201,8 @@ def _bounds(segments: Segments) -> Tensor:
 
 
 # --- the operators: signatures and meaning are those of normwear_fast.operators ----------------------
-# What the kernels do not take (float64, odd strides) goes to the definition.
+# What the kernels do not take (float64, odd strides, shapes that do not match) goes to the definition,
+# which computes or raises; what is passed on lies inside its tensors.
 
 
 def residual_norm(
@@ -182,17 +216,19 @@ def residual_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     wanted = (out.dtype if out is not None else dtype) or residual.dtype
-    if not (_whole(residual, carried) and _rows(residual, update, out) and wanted in _TYPES):
+    shape = residual.shape
+    taken = _rows(shape, residual, update, out) and _whole(shape, residual) and shape[1] > 0
+    if not (taken and _whole(shape[1:], carried) and wanted in _TYPES and _apart(out)):
         return operators.residual_norm(residual, carried, eps, update=update, dtype=dtype, out=out)
     if out is None:
-        out = torch.empty(residual.shape, dtype=wanted)
+        out = torch.empty(shape, dtype=wanted)
     kernels.residual_norm(
         residual=residual.data_ptr(),
         update=_view(update),
         carried=_address(carried),
         eps=eps,
-        rows=residual.shape[0],
-        width=residual.shape[1],
+        rows=shape[0],
+        width=shape[1],
         out=_view(out),
         threads=torch.get_num_threads(),
     )
@@ -200,7 +236,7 @@ def residual_norm(
 
 
 def bias_gelu(kernels: Any, x: Tensor, bias: Tensor) -> None:
-    if not (_rows(x) and _whole(bias)):
+    if not (_rows(x.shape, x) and _whole(x.shape[1:], bias) and _apart(x)):
         return operators.bias_gelu(x, bias)
     kernels.bias_gelu(
         x=_view(x),
@@ -220,8 +256,15 @@ def quantise_rows(kernels: Any, x: Tensor, bias: Tensor | None = None) -> tuple[
         bias: (width,) float32 for gelu, or None.
 
     Returns:
-        q (rows, width) uint8, scale (rows,), offset (rows,): off by scale / 2 at most.
+        q (rows, width) uint8, scale (rows,), offset (rows,): off by scale / 2 at most. A row that holds
+        NaN or an infinity has a scale and an offset of NaN; one whose range is below 2^-118 counts as
+        constant.
     """
+    if not (_rows(x.shape, x) and x.shape[1] > 0 and _whole(x.shape[1:], bias)):
+        raise InputError(
+            f"quantise_rows: x is {_what(x)}, bias {_what(bias)}; wanted are (rows, width) float32 "
+            "or bfloat16 on the CPU with contiguous rows, and (width,) float32 or None"
+        )
     rows, width = x.shape
     q = torch.empty((rows, width), dtype=torch.uint8)
     scale, offset = torch.empty(rows), torch.empty(rows)
@@ -248,20 +291,39 @@ def channel_attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
+    shape, wide = query.shape, key_value.shape
+    _within("channel_attention", "queries", queries, shape[0])
+    _within("channel_attention", "keys", keys, wide[0])
+    if out is not None and out.shape != (queries.total, *shape[1:]):
+        # The definition's torch.cat would make it fit, beyond what it is a view of.
+        raise InputError(f"channel_attention: out is {_what(out)} for {queries.total} queries")
     same = query.dtype == key_value.dtype and (out is None or out.dtype == query.dtype)
-    if not (same and _rows(query, key_value, out)) or 0 in keys.lengths:
+    fits = (
+        same
+        and _rows(shape, query, out)
+        and _rows(wide, key_value)
+        and _apart(out)
+        and num_heads > 0
+        and shape[1] % num_heads == 0 < shape[1]
+        and wide[1] == 2 * shape[1]
+        and queries.total == shape[0]
+        and len(queries) == len(keys)
+        and 0 not in keys.lengths
+    )
+    if not fits:
         return operators.channel_attention(query, key_value, queries, keys, num_heads, out=out)
     if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype)
+        out = torch.empty(shape, dtype=query.dtype)
+    bounds = [_bounds(queries), _bounds(keys)]  # kept: another thread may empty the cache
     kernels.attention(
         query=_view(query),
         key_value=_view(key_value),
         out=_view(out),
-        queries=_bounds(queries).data_ptr(),
-        keys=_bounds(keys).data_ptr(),
+        queries=bounds[0].data_ptr(),
+        keys=bounds[1].data_ptr(),
         segments=len(queries),
         heads=num_heads,
-        head_size=query.shape[1] // num_heads,
+        head_size=shape[1] // num_heads,
         threads=torch.get_num_threads(),
     )
     return out
@@ -279,12 +341,20 @@ def pool_norm(
     *,
     update: Tensor | None = None,
 ) -> Tensor:
-    if not (_whole(residual, carried, weight, bias) and _rows(residual, update)):
+    shape = residual.shape
+    _within("pool_norm", "sequences", sequences, shape[0])
+    taken = _rows(shape, residual, update) and _whole(shape, residual) and shape[1] > 0
+    fits = (
+        taken
+        and _whole(shape[1:], carried, weight, bias)
+        and (sequences.total == shape[0] if pool == "patch" else 0 not in sequences.lengths)
+    )
+    if not fits:
         return operators.pool_norm(
             residual, carried, weight, bias, eps, sequences, pool, update=update
         )
-    rows = residual.shape[0] if pool == "patch" else len(sequences)
-    out = torch.empty((rows, residual.shape[1]))
+    out = torch.empty((shape[0] if pool == "patch" else len(sequences), shape[1]))
+    bounds = _bounds(sequences)
     kernels.pool_norm(
         residual=residual.data_ptr(),
         update=_view(update),
@@ -292,9 +362,9 @@ def pool_norm(
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
         eps=eps,
-        bounds=_bounds(sequences).data_ptr(),
+        segments=bounds.data_ptr(),
         sequences=len(sequences),
-        width=residual.shape[1],
+        width=shape[1],
         pool=_POOLS[pool],
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
@@ -343,7 +413,11 @@ def _patch_matrix(kernels: Any, tokenizer: Tokenizer) -> Any:
 
 def pack(kernels: Any, weight: Tensor, operand: int, chunk: int | None = None) -> Any:
     """A weight (n, k) as the products take it: panels of outputs, k by k; see csrc/cpu/kernels.h."""
+    if weight.ndim != 2 or weight.numel() == 0 or weight.device.type != "cpu":
+        raise InputError(f"pack: the weight is {_what(weight)}, not (n, k) on the CPU")
     weight = weight.float().contiguous()
+    if weight.data_ptr() % 4:
+        weight = weight.clone()
     outputs, inputs = weight.shape
     return kernels.pack(
         weight=weight.data_ptr(),
@@ -377,6 +451,13 @@ def linear(
         c: (rows, n) float32 or bfloat16.
         carried: (k,) float32, with ``norm``; bias: (n,) float32.
     """
+    (n, k), rows = weight.shape, a.shape[0]
+    matrices = c is not None and _rows((rows, k), a) and _rows((rows, n), c) and _apart(c)
+    if not (matrices and _whole((k,), carried) and _whole((n,), bias)):
+        raise InputError(
+            f"linear: a {_what(a)}, carried {_what(carried)}, bias {_what(bias)} and c {_what(c)} are "
+            f"not what a matrix of {n} outputs and {k} inputs takes"
+        )
     kernels.linear(
         a=_view(a),
         standardise=norm,
@@ -387,10 +468,19 @@ def linear(
         gelu=gelu,
         accumulate=add,
         c=_view(c),
-        rows=len(a),
+        rows=rows,
         threads=torch.get_num_threads(),
     )
     return c
+
+
+def _tokens(samples: int, tokenizer: Tokenizer) -> int:
+    """Tokens of a series of ``samples`` values; 0 for one too short to be differenced."""
+    if samples < 3:
+        return 0
+    rows, scales = tokenizer.patch_size
+    columns = tokenizer.num_scales // scales
+    return 1 + columns * (scalogram_rows(samples - 2, tokenizer.method) // rows)
 
 
 def tokenize(
@@ -401,15 +491,27 @@ def tokenize(
     sequences: Segments,
     tokenizer: Tokenizer,
 ) -> None:
-    if not _whole(residual, series, tokenizer.patch_weight, tokenizer.templates):
+    _within("tokenize", "samples", samples, len(series))
+    _within("tokenize", "tokens", sequences, len(residual))
+    width, (rows, scales) = residual.shape[-1], tokenizer.patch_size
+    pairs = list(zip(samples.lengths, sequences.lengths, strict=True))
+    fits = (
+        residual.ndim == 2
+        and min(width, rows, scales, tokenizer.num_scales // max(1, scales)) > 0
+        and _whole(residual.shape, residual)
+        and _whole((len(series),), series)
+        and _whole((sum(tokenizer.token_counts), width), tokenizer.templates)
+        and _whole(tokenizer.patch_weight.shape, tokenizer.patch_weight)
+        and tokenizer.patch_weight.numel() == width * 3 * rows * scales
+        and all(tokens == _tokens(length, tokenizer) for length, tokens in set(pairs))
+    )
+    if not fits:
         return operators.tokenize(residual, series, samples, sequences, tokenizer)
     key = ("native", kernels.name)
     if key not in tokenizer.prepared:
         tokenizer.prepared[key] = _patch_matrix(kernels, tokenizer)
-    width, (rows, scales) = residual.shape[1], tokenizer.patch_size
     known: dict[tuple[int, int], int] = {}
-    pairs = zip(samples.lengths, sequences.lengths, strict=True)
-    table = torch.tensor([known.setdefault(pair, len(known)) for pair in pairs])
+    table = torch.tensor([known.setdefault(pair, len(known)) for pair in pairs], dtype=torch.int64)
     filters, entries = [], []
     for length, tokens in known:
         part = _filters(
@@ -418,10 +520,11 @@ def tokenize(
         filters.append(part)  # alive during the call
         template = tokenizer.templates.data_ptr() + 4 * width * tokenizer.template_start(tokens)
         entries.append((part.taps.ctypes.data, part.spans.ctypes.data, template, part.padding))
+    bounds = [_bounds(samples), _bounds(sequences)]
     kernels.tokenize(
         series=series.data_ptr(),
-        samples=_bounds(samples).data_ptr(),
-        tokens=_bounds(sequences).data_ptr(),
+        samples=bounds[0].data_ptr(),
+        tokens=bounds[1].data_ptr(),
         table=table.data_ptr(),
         sequences=len(samples),
         filters=entries,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import InputError
 from normwear_fast.wavelets import ScalogramMethod, scalogram_rows
 
 
@@ -57,18 +58,29 @@ class Segments:
     Args:
         lengths: of each segment, in order.
         device: of :attr:`cu`.
+
+    Raises:
+        InputError: a length below zero.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = tuple(lengths)
+        if min(self.lengths, default=0) < 0:
+            raise InputError(
+                f"segments cannot have the lengths {self.lengths[:20]}: one is negative"
+            )
         self.bounds = (0, *accumulate(self.lengths))
         self.device = device
         self._tiles: dict[int, Tensor] = {}
 
     @classmethod
     def from_cu(cls, cu: Tensor) -> Segments:
-        """From cumulative bounds; reads them back to the host."""
+        """From cumulative bounds, 0 first; reads them back to the host."""
         bounds = cu.tolist()
+        if cu.ndim != 1 or bounds[:1] != [0]:
+            raise InputError(
+                f"bounds of segments are one row that starts with 0, not {bounds!s:.100}"
+            )
         segments = cls([stop - start for start, stop in pairwise(bounds)], cu.device)
         segments.__dict__["cu"] = cu
         return segments

@@ -1,4 +1,6 @@
-// The operators of kernels.h for Python, by address. Views are (address, row stride, type) triples.
+// The operators of kernels.h for Python, by address. Views are (address, row stride, type) triples. An address is
+// believed (normwear_fast/native.py checks the tensors); sizes, tables and matrices that cannot belong together are
+// a ValueError, and memory that is not there a MemoryError.
 
 #include "bind_kernels.h"
 
@@ -7,8 +9,11 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -31,8 +36,30 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+void require_sizes(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) require(size >= 0, "a size is negative");
+}
+
 View view(const Triple& t) {
-    return {pointer<void>(std::get<0>(t)), std::get<1>(t), static_cast<Type>(std::get<2>(t))};
+    const auto [address, stride, type] = t;
+    require(type == 0 || type == 1, "a view's type is 0 (float32) or 1 (bfloat16)");
+    require(stride >= 0, "a view's stride is negative");
+    return {pointer<void>(address), stride, static_cast<Type>(type)};
+}
+
+// Bounds of segments: from 0 on, none before the one in front of it, each at least `least` long.
+const int64_t* bounds(uintptr_t address, int64_t segments, int64_t least = 0) {
+    const auto* at = pointer<const int64_t>(address);
+    require_sizes({segments});
+    require(at[0] >= 0, "segments start before the first row");
+    for (int64_t i = 0; i < segments; ++i) {
+        require(at[i + 1] >= at[i] && at[i + 1] - at[i] >= least, "segments out of order, or one that is too short");
+    }
+    return at;
 }
 
 struct Free {
@@ -70,9 +97,14 @@ const Packed& of(const Matrix& m, const Kernels& set) {
 
 std::unique_ptr<Matrix> pack(const Kernels& set, uintptr_t weight, int64_t n, int64_t k, int64_t stride, int operand,
                              int64_t chunk, int threads) {
+    require(operand >= 0 && operand <= 2, "an operand is 0 (float32), 1 (bfloat16) or 2 (int8)");
+    require(n > 0 && k > 0 && stride >= 0, "a matrix has at least one output and one input");
+    if (n > (int64_t{1} << 48) / k) throw std::bad_alloc();
     const auto op = static_cast<Operand>(operand);
+    // Sums of int8 are 32 bits: 66,311 products of 255 and 127 at most.
+    chunk = std::min<int64_t>(chunk, 1 << 16);
+    require(chunk > 0 && (chunk >= k || chunk % 64 == 0), "a chunk must be a multiple of 64");
     const int64_t words = set.packed_words(op, k), panels = (n + set.lanes - 1) / set.lanes;
-    if (chunk < 1 || (chunk < k && chunk % 64)) throw std::invalid_argument("a chunk must be a multiple of 64");
     auto m = std::make_unique<Matrix>();
     m->set = &set;
     m->data = aligned<std::uint32_t>(panels * words * set.lanes);
@@ -106,6 +138,9 @@ void bind_kernels(py::module_& m) {
             "linear",
             [](const Kernels& set, Triple a, bool standardise, uintptr_t carried, float eps, const Matrix& weight,
                uintptr_t bias, bool gelu, bool accumulate, Triple c, int64_t rows, int threads) {
+                require_sizes({rows});
+                require(!(standardise || gelu) || weight.packed.chunk >= weight.packed.k,
+                        "rows in chunks cannot be standardised, nor take a gelu");
                 set.linear({view(a), standardise, pointer<const float>(carried), eps, of(weight, set),
                             pointer<const float>(bias), gelu, accumulate, view(c), rows},
                            threads);
@@ -117,6 +152,11 @@ void bind_kernels(py::module_& m) {
             "feed",
             [](const Kernels& set, uintptr_t residual, Triple attended, int64_t rows, const Matrix& proj,
                const Matrix& fc1, const Matrix& fc2, uintptr_t carried, uintptr_t fc1_bias, float eps, int threads) {
+                const Packed &p = proj.packed, &f = fc1.packed, &g = fc2.packed;
+                require_sizes({rows});
+                require(p.operand == f.operand && p.operand == g.operand, "matrices of several operands");
+                require(f.k == p.n && g.k == f.n && g.n == p.n, "matrices that do not follow one another");
+                require(f.chunk >= f.k, "rows in chunks cannot be standardised");
                 set.feed({pointer<float>(residual), view(attended), rows, of(proj, set), of(fc1, set), of(fc2, set),
                           pointer<const float>(carried), pointer<const float>(fc1_bias), eps},
                          threads);
@@ -127,8 +167,10 @@ void bind_kernels(py::module_& m) {
             "attention",
             [](const Kernels& set, Triple query, Triple key_value, Triple out, uintptr_t queries, uintptr_t keys,
                int64_t segments, int64_t heads, int64_t head_size, int threads) {
-                set.attention({view(query), view(key_value), view(out), pointer<const int64_t>(queries),
-                               pointer<const int64_t>(keys), segments, heads, head_size},
+                require(heads > 0 && head_size > 0, "no heads, or heads of no size");
+                const View q = view(query), kv = view(key_value), o = view(out);
+                require(q.type == kv.type && q.type == o.type, "queries, keys and output of several types");
+                set.attention({q, kv, o, bounds(queries, segments), bounds(keys, segments, 1), segments, heads, head_size},
                               threads);
             },
             py::arg("query"), py::arg("key_value"), py::arg("out"), py::arg("queries"), py::arg("keys"),
@@ -148,8 +190,18 @@ void bind_kernels(py::module_& m) {
                     templates.push_back(pointer<const float>(rows));
                     padding.push_back(zeros);
                 }
-                set.tokenize({pointer<const float>(series), pointer<const int64_t>(samples),
-                              pointer<const int64_t>(tokens), sequences, pointer<const int64_t>(table), taps.data(),
+                require_sizes({sequences});
+                require(columns > 0 && patch_rows > 0 && patch_scales > 0, "patches of no size");
+                const Packed& w = weight.packed;
+                require(w.operand == Operand::float32 && w.n == width && w.k == 3 * patch_rows * patch_scales,
+                        "a patch matrix of another size");
+                const auto *samples_of = bounds(samples, sequences, 3), *tokens_of = bounds(tokens, sequences, 1);
+                const auto* entries = pointer<const int64_t>(table);
+                for (int64_t i = 0; i < sequences; ++i) {
+                    require(entries[i] >= 0 && entries[i] < static_cast<int64_t>(filters.size()), "no such filters");
+                    require((tokens_of[i + 1] - tokens_of[i]) % columns == 1 % columns, "tokens that are no grid");
+                }
+                set.tokenize({pointer<const float>(series), samples_of, tokens_of, sequences, entries, taps.data(),
                               spans.data(), padding.data(), templates.data(), columns, patch_rows, patch_scales,
                               of(weight, set), pointer<float>(residual), width},
                              threads);
@@ -161,6 +213,7 @@ void bind_kernels(py::module_& m) {
             "residual_norm",
             [](const Kernels& set, uintptr_t residual, Triple update, uintptr_t carried, float eps, int64_t rows,
                int64_t width, Triple out, int threads) {
+                require_sizes({rows, width});
                 set.residual_norm({pointer<float>(residual), view(update), pointer<const float>(carried), eps, rows,
                                    width, view(out)},
                                   threads);
@@ -170,6 +223,7 @@ void bind_kernels(py::module_& m) {
         .def(
             "bias_gelu",
             [](const Kernels& set, Triple x, uintptr_t bias, int64_t rows, int64_t width, int threads) {
+                require_sizes({rows, width});
                 set.bias_gelu(view(x), pointer<const float>(bias), rows, width, threads);
             },
             py::arg("x"), py::arg("bias"), py::arg("rows"), py::arg("width"), py::arg("threads"), unlocked)
@@ -177,6 +231,7 @@ void bind_kernels(py::module_& m) {
             "quantise",
             [](const Kernels& set, Triple x, uintptr_t bias, int64_t rows, int64_t width, uintptr_t out,
                uintptr_t scale, uintptr_t offset, int threads) {
+                require(rows >= 0 && width > 0, "rows of no size");
                 set.quantise({view(x), pointer<const float>(bias), rows, width, pointer<std::uint8_t>(out),
                               pointer<float>(scale), pointer<float>(offset)},
                              threads);
@@ -186,15 +241,17 @@ void bind_kernels(py::module_& m) {
         .def(
             "pool_norm",
             [](const Kernels& set, uintptr_t residual, Triple update, uintptr_t carried, uintptr_t weight,
-               uintptr_t bias, float eps, uintptr_t bounds, int64_t sequences, int64_t width, int pool, uintptr_t out,
+               uintptr_t bias, float eps, uintptr_t segments, int64_t sequences, int64_t width, int pool, uintptr_t out,
                int threads) {
+                require_sizes({width});
+                require(pool >= 0 && pool <= 2, "a pool is 0 (mean), 1 (cls) or 2 (patch)");
                 set.pool_norm({pointer<const float>(residual), view(update), pointer<const float>(carried),
                                pointer<const float>(weight), pointer<const float>(bias), eps,
-                               pointer<const int64_t>(bounds), sequences, width, pool, pointer<float>(out)},
+                               bounds(segments, sequences, pool == 2 ? 0 : 1), sequences, width, pool, pointer<float>(out)},
                               threads);
             },
             py::arg("residual"), py::arg("update"), py::arg("carried"), py::arg("weight"), py::arg("bias"),
-            py::arg("eps"), py::arg("bounds"), py::arg("sequences"), py::arg("width"), py::arg("pool"),
+            py::arg("eps"), py::arg("segments"), py::arg("sequences"), py::arg("width"), py::arg("pool"),
             py::arg("out"), py::arg("threads"), unlocked);
 
     m.def(
