@@ -31,6 +31,10 @@ class RecordingError(NormWearError):
 class WeightsError(NormWearError, ValueError):
     """A checkpoint of another form, size or origin than the model needs."""
 
+
+class WeightNamesError(WeightsError):
+    """A checkpoint whose names are not those of the sizes that it should be of."""
+
     longest = 50_000  # every name that differs is listed: 20,000 characters for the published size
 
 

@@ -83,7 +83,11 @@ def read_npz(path: Path, kind: type[NormWearError]) -> dict[str, NDArray[Any]]:
         reading(path, kind, "not an NPZ file of plain arrays"),
         np.load(path, allow_pickle=False) as arrays,
     ):
-        return {name: arrays[name] for name in arrays.files}
+        held = {name: arrays[name] for name in arrays.files}
+        for name, value in held.items():
+            if not isinstance(value, np.ndarray):  # NumPy gives what is no array as bytes
+                raise ValueError(f"{name} is none")
+    return held
 
 
 def read_parquet(path: Path, kind: type[NormWearError]) -> pa.Table:

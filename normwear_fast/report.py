@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.encode.manifest import STAGES, Tally
-from normwear_fast.encode.output import OutputFolder, check_columns
+from normwear_fast.encode.output import MANIFEST, OutputFolder, check_columns
 from normwear_fast.encode.prepare import OK
 from normwear_fast.errors import NormWearError, OutputError, UsageError, one_line, reading
 from normwear_fast.report_pictures import bars, image, line, scatter, strip
@@ -171,6 +171,8 @@ class _Output:
             if not stretch.size:
                 continue
             name = recordings[stretch[0]]
+            if name not in self.entries:
+                raise ValueError(f"recording {name!r} is not in {MANIFEST}")
             seen = self.seen.setdefault(name, _Seen())
             counts = Counter(statuses[stretch].tolist())
             seen.ok += counts.pop(OK, 0)

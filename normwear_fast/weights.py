@@ -43,7 +43,13 @@ import torch
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import OutputError, UsageError, WeightsError, one_line
+from normwear_fast.errors import (
+    OutputError,
+    UsageError,
+    WeightNamesError,
+    WeightsError,
+    one_line,
+)
 from normwear_fast.files import read_json
 from normwear_fast.reference import ReferenceNormWear
 from normwear_fast.wavelets import mother_wavelet
@@ -309,7 +315,7 @@ def check_names(
             names = ("decoder_embed_dim", "decoder_depth")
             sizes += "".join(f", {n} {getattr(config, n)}" for n in names)
         found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
-        raise WeightsError(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
+        raise WeightNamesError(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
     for name, value in state_dict.items():
         if value.numel() and not name.endswith(_COUNTER):
             low, high = torch.aminmax(value)  # NaN in either if there is one; no copy of the values
@@ -568,12 +574,12 @@ def _choose_config(
     if values.get("architecture") == ARCHITECTURE and "format_version" in values:
         if values["format_version"] != FORMAT_VERSION:
             raise WeightsError(
-                f"{path}: format_version is {one_line(repr(values['format_version']))}; "
+                f"{path}: format_version is {values['format_version']!r}; "
                 f"this normwear-fast reads {FORMAT_VERSION}"
             )
         if optimized_cwt is not None and not isinstance(optimized_cwt, bool):
             raise WeightsError(
-                f"{path}: optimized_cwt is {one_line(repr(optimized_cwt))}; it must be a bool or null"
+                f"{path}: optimized_cwt is {optimized_cwt!r}; it must be a bool or null"
             )
         ours = ("architecture", "format_version", "optimized_cwt", "metadata")
         config = _config_from({k: v for k, v in values.items() if k not in ours}, path)
@@ -614,13 +620,12 @@ def _config_from(values: dict[str, Any], path: Path) -> NormWearConfig:
         else:
             fits = type(value) is type(default)
         if not fits:
-            shown = one_line(repr(value))
-            raise WeightsError(f"{path}: {field.name} is {shown}; it must be like {default!r}")
+            raise WeightsError(f"{path}: {field.name} is {value!r}; it must be like {default!r}")
     try:
         config = NormWearConfig.from_dict(values, str(path))
         mother_wavelet(config.wavelet, np.linspace(-1, 1, 3))
     except UsageError as error:
-        text = one_line(str(error), 900)
+        text = str(error)
         raise WeightsError(text if str(path) in text else f"{path}: {text}") from None
     return config
 

@@ -155,18 +155,19 @@ def write_samples_released(folder: Path) -> Path:
     return path
 
 
-def raw(key: str, without: str = "") -> Case:
+def raw(key: str, without: str = "", make: Callable[[Path], None] | None = None) -> Case:
     """A public set as downloaded, through `prepare`, whose output must then be readable.
 
     Args:
         key: of the set.
         without: pattern of files that are not needed, of a large one.
+        make: writes its files; that of `raw_sets` by default.
     """
 
     def write(folder: Path) -> Path:
         import raw_sets
 
-        getattr(raw_sets, f"make_{key.replace('-', '_')}")(folder / "raw")
+        (make or getattr(raw_sets, f"make_{key.replace('-', '_')}"))(folder / "raw")
         for path in (folder / "raw").rglob(without) if without else ():
             path.unlink()
         return folder / "raw"
@@ -183,6 +184,27 @@ def raw(key: str, without: str = "") -> Case:
             assert all(np.isfinite(window).all() for window in found.windows)
 
     return Case(write, read)
+
+
+def make_epilepsy_uci(raw: Path) -> None:
+    """The other layout of Epilepsy, a row a second."""
+    raw.mkdir()
+    header = ["", *(f"X{i}" for i in range(1, 179)), "y"]
+    rows = [
+        [f"X{second}.V1.{recording}", *np.round(100 * noise(178, seed=second)), 1 + recording % 5]
+        for recording in range(1, 7)
+        for second in (1, 2)
+    ]
+    with (raw / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_prepared(folder: Path) -> Path:
+    """What preparation leaves as one Parquet, which names its set."""
+    from normwear_fast.evaluate.prepare import prepare
+
+    prepare("ecg-abnormal", raw("ecg-abnormal").write(folder), folder / "out")
+    return folder / "out" / "samples.parquet"
 
 
 def write_labelled(path: Path) -> Path:
@@ -340,7 +362,7 @@ def write_series(folder: Path) -> Path:
 
 def go_on_preparing(path: Path) -> None:
     summary = prepare_series(path.parent / "recordings", path)
-    assert summary.prepared <= ROWS
+    assert summary.windows == ROWS
 
 
 def shards(suffix: str) -> Case:
@@ -610,10 +632,12 @@ CASES: dict[str, Case] = {
     "samples_parquet": Case(write_samples_parquet, read_samples),
     "samples_folder": Case(write_samples_folder, read_samples),
     "samples_released": Case(write_samples_released, read_samples),
+    "samples_prepared": Case(write_prepared, read_samples),
     "raw_wesad": raw("wesad"),
     "raw_uci_har": raw("uci-har"),
     "raw_driver_fatigue": raw("driver-fatigue"),
     "raw_epilepsy": raw("epilepsy"),
+    "raw_epilepsy_uci": raw("epilepsy", make=make_epilepsy_uci),
     "raw_gameemo": raw("gameemo", without="S*G[234]*"),
     "raw_ecg_abnormal": raw("ecg-abnormal"),
     "raw_ppg_bp": raw("ppg-bp"),
@@ -666,7 +690,7 @@ def files_below(folder: Path) -> set[Path]:
 
 
 def outcome(name: str, path: Path, damaged: Path) -> dict[str, str]:
-    from normwear_fast.errors import NormWearError, WeightsError
+    from normwear_fast.errors import NormWearError
 
     place = path.parent
     before = files_below(place)
@@ -675,8 +699,7 @@ def outcome(name: str, path: Path, damaged: Path) -> dict[str, str]:
             CASES[name].read(path)
     except NormWearError as error:
         text = str(error)
-        listing = isinstance(error, WeightsError) and " of these sizes " in text  # every name
-        if not text.isprintable() or len(text) > (error.longest if listing else 1000):
+        if not text.isprintable() or len(text) > error.longest:
             return {"class": "not one line", "why": text[:2000]}
         if not is_named(damaged, text):
             return {"class": "names another file", "why": text[:2000]}

@@ -27,7 +27,8 @@ from pyarrow import parquet
 from test_damaged_inputs import SECONDS, Reader, damage, summary
 
 from normwear_fast.encode.output import METADATA_KEY
-from normwear_fast.errors import NormWearError, OutputError
+from normwear_fast.errors import NormWearError, OutputError, WeightsError
+from normwear_fast.evaluate.baselines import Clap
 from normwear_fast.evaluate.samples import load_samples
 from normwear_fast.files import COUNT, fits
 from normwear_fast.pretrain.checkpoint import load_checkpoint as load_state
@@ -151,6 +152,7 @@ def alter(path: Path, where: str, value: Any) -> None:
         ("encoded_resumed", "manifest.json", "run", "x", "belongs to another run"),
         ("encoded_reported", "manifest.json", "inputs/+", [], "is damaged"),
         ("encoded_reported", "manifest.json", "model/weights", 1, "is damaged"),
+        ("encoded_reported", "manifest.json", "inputs/0/recording", "x", "is not in manifest.json"),
         ("series_resumed", "manifest.json", "settings", None, "is damaged"),
         ("finetuned", "finetune.json", "preparation/channel_count", 10**9, "not what finetune"),
         ("finetuned", "finetune.json", "preparation/window", -1, "window is -1"),
@@ -228,6 +230,9 @@ def test_zip_archives_fail_in_every_way(name: str, tmp_path: Path) -> None:
         assert "not an NPZ file of plain arrays" in refusal(name, path, path)
     path.write_bytes(whole[: len(whole) // 2])
     assert "not an NPZ file of plain arrays" in refusal(name, path, path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sampling_rate", b"bytes")
+    assert "sampling_rate is none" in refusal(name, path, path)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +472,12 @@ def test_fusion_weights_of_no_use(tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     safetensors.torch.save_file(tensors, file)
     assert "of the wrong type: k.bias float8_e4m3fn" in refusal("fusion", path, file)
+
+
+def test_a_baseline_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(WeightsError, match=f"^{tmp_path}: cannot be loaded"):
+        Clap(str(tmp_path)).embed([np.zeros((1, 65), np.float32)], np.array([65.0]))
 
 
 @pytest.mark.parametrize("place", [-1, -200, 0, 130])

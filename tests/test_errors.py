@@ -14,6 +14,7 @@ from normwear_fast.errors import (
     InputError,
     NormWearError,
     RecordingError,
+    WeightNamesError,
     WeightsError,
     one_line,
     reading,
@@ -50,7 +51,8 @@ def test_an_error_keeps_its_place_and_its_advice(kind: type[NormWearError]) -> N
 
 def test_weights_that_differ_are_all_named() -> None:
     names = ", ".join(f"encoder_blocks.{i}.norm.weight" for i in range(600))
-    assert names in str(WeightsError(f"w.pth: 600 missing: {names}"))
+    assert names in str(WeightNamesError(f"w.pth: 600 missing: {names}"))
+    assert len(str(WeightsError(f"w.pth: holds a {names}"))) == 1000
 
 
 def test_a_member_name_as_long_as_the_file(tmp_path: Path) -> None:

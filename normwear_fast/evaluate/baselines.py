@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, OutputError, UsageError, one_line
+from normwear_fast.errors import (
+    InputError,
+    OutputError,
+    UsageError,
+    WeightsError,
+    one_line,
+    reading,
+)
 from normwear_fast.evaluate.samples import SampleSet
 
 if TYPE_CHECKING:
@@ -273,7 +280,8 @@ class Chronos:
         import torch
 
         if self._pipeline is None:
-            self._pipeline = ChronosPipeline.from_pretrained(self.model, device_map=self.device)
+            with reading(self.model, WeightsError, "cannot be loaded"):
+                self._pipeline = ChronosPipeline.from_pretrained(self.model, device_map=self.device)
 
         def run(series: NDArray[np.float32]) -> Any:
             with torch.inference_mode():
@@ -308,10 +316,11 @@ class Moment:
         import torch
 
         if self._pipeline is None:
-            pipeline = MOMENTPipeline.from_pretrained(
-                self.model, model_kwargs={"task_name": "embedding"}
-            )
-            pipeline.init()
+            with reading(self.model, WeightsError, "cannot be loaded"):
+                pipeline = MOMENTPipeline.from_pretrained(
+                    self.model, model_kwargs={"task_name": "embedding"}
+                )
+                pipeline.init()
             self._pipeline = pipeline.to(self.device).eval()
 
         def run(series: NDArray[np.float32]) -> Any:
@@ -352,8 +361,9 @@ class Clap:
         import torch
 
         if self._loaded is None:
-            loaded: Any = ClapAudioModelWithProjection.from_pretrained(self.model)
-            extractor = ClapFeatureExtractor.from_pretrained(self.model)
+            with reading(self.model, WeightsError, "cannot be loaded"):
+                loaded: Any = ClapAudioModelWithProjection.from_pretrained(self.model)
+                extractor = ClapFeatureExtractor.from_pretrained(self.model)
             self._loaded = loaded.to(self.device).eval(), extractor
         model, extractor = self._loaded
         rate = self.SAMPLING_RATE

@@ -393,8 +393,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise _not_ours(folder)
     if values.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
-            f"{path}: format_version is {one_line(repr(values.get('format_version')))}; this "
-            f"normwear-fast reads {FORMAT_VERSION}"
+            f"{path}: format_version is {values.get('format_version')!r}; this normwear-fast reads "
+            f"{FORMAT_VERSION}"
         )
     if (
         not fits(values, _DESCRIPTION)

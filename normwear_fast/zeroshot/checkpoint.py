@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwear_fast.errors import OutputError, WeightsError, one_line
+from normwear_fast.errors import OutputError, WeightNamesError, WeightsError, one_line
 from normwear_fast.files import fits, read_json
 from normwear_fast.weights import (
     FUSION_PREFIX,
@@ -98,7 +98,7 @@ def fusion_from_state_dict(state_dict: Mapping[str, Tensor], label: str) -> MSiT
     }
     if any(lists.values()):
         found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
-        raise WeightsError(
+        raise WeightNamesError(
             f"{label}: no fusion module of widths {module.embed_dim} and {module.query_dim}: "
             f"{found}"
         )
@@ -156,9 +156,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
         raise WeightsError(f"{path}: must be a JSON object of format_version {FORMAT_VERSION}")
     if not fits(values.get("text_encoder"), (str, None)):
-        shown = one_line(repr(values["text_encoder"]))
-        raise WeightsError(f"{path}: text_encoder is {shown}; a name is right")
+        raise WeightsError(f"{path}: text_encoder is {values['text_encoder']!r}; a name is right")
     if values.get("preprocess") not in ("reference", "none", None):
-        shown = one_line(repr(values["preprocess"]))
-        raise WeightsError(f"{path}: preprocess is {shown}; reference or none is right")
+        raise WeightsError(
+            f"{path}: preprocess is {values['preprocess']!r}; reference or none is right"
+        )
     return values

@@ -163,9 +163,8 @@ class SentenceTransformerTextEncoder(_TransformersEncoder):
             )
         for module in modules[:2]:
             if not os.path.isdir(folder / module["path"]):  # False, too, for what no name can be
-                shown = one_line(repr(module["path"]))
                 raise WeightsError(
-                    f"{folder}/modules.json: names {shown}, which is no folder there"
+                    f"{folder}/modules.json: names {module['path']!r}, which is no folder there"
                 )
         super().__init__(folder / modules[0]["path"], device=device, offline=True)
         self.name = str(folder)

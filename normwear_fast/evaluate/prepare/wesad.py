@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from normwear_fast.errors import RecordingError
+from normwear_fast.errors import RecordingError, reading
 from normwear_fast.evaluate.prepare.common import Piece, cut
 from normwear_fast.evaluate.registry import Dataset
 from normwear_fast.recordings.unpickle import load_pickle
@@ -51,7 +51,8 @@ def read(raw: Path, dataset: Dataset) -> Iterator[Piece]:
         ]
         if "label" not in record:
             raise RecordingError(f"{path}: no label in it")
-        label = np.asarray(record["label"]).ravel()
+        with reading(path, RecordingError, "its label is no array"):
+            label = np.asarray(record["label"]).ravel()
         for start, window in cut(channels, dataset.duration):
             first = round(start * _LABEL_RATE)
             part = label[first : first + round(dataset.duration * _LABEL_RATE)]
