@@ -5,14 +5,19 @@ Nothing is unpickled, and what JSON says is held to a form before anything uses 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import NormWearError, reading
+from normwear_fast.errors import NormWearError, OutputError, one_line, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,3 +111,37 @@ def read_parquet(path: Path, kind: type[NormWearError]) -> pa.Table:
     if twice is not None:
         raise kind(f"{path}: two columns are named {twice}; one is right")
     return table
+
+
+def check_writable(folder: str | Path) -> None:
+    """An OutputError unless a file can be made in a folder, which need not be there yet: before long
+    work, not after it. Leaves nothing."""
+    folder = Path(folder)
+    there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b" ")
+            file.flush()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({one_line(error)})") from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary beside a file, with its ending, that takes its place when all went well.
+
+    What goes wrong leaves the file as it was and no temporary. The system's refusal is an OutputError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

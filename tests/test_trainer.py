@@ -6,9 +6,11 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 
@@ -186,6 +188,70 @@ def test_damaged_checkpoint(whole, tmp_path):
             pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
 
 
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model.safetensors": b"weights", "config.json": b"{}"},
+        {"manifest.json": b"{}", "part-000000.arrow": b"series"},
+        {"night.edf": b"recording"},
+        {"steps.csv": b"time,steps\n1,2\n"},
+        {"pictures/holiday.jpg": b"picture"},
+        {".hidden": b""},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_a_folder_of_something_else_is_refused(files, overwrite, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="not an output of pretrain"):
+        pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_program_is_not_overwritten(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / CHECKPOINT_FILE)
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"not a checkpoint of|not an output of pretrain"):
+            pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "notes.txt").write_text("mine")
+    other = replace(SETTINGS, seed=6)
+    pretrain(Waves(), TINY, other, folder, run=CPU, overwrite=True)
+    assert len(curve(folder)) == SETTINGS.steps
+    assert curve(folder) != curve(whole)
+    assert (folder / "notes.txt").read_text() == "mine"
+    # Weights whose checkpoint was removed are not replaced by a run that begins again.
+    (folder / CHECKPOINT_FILE).unlink()
+    before = contents(folder)
+    with pytest.raises(OutputError, match=r"but no checkpoint\.pt to go on from"):
+        pretrain(Waves(), TINY, other, folder, run=CPU)
+    assert contents(folder) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("normwear_fast.pretrain.trainer.MaskedAutoencoder", None)
+    with pytest.raises(OutputError, match=r"run: cannot be written \(Read-only file system\)"):
+        pretrain(Waves(), TINY, SETTINGS, tmp_path / "run", run=CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- numbers that are none -------------------------------------------------------------------------
 
 
@@ -332,7 +398,9 @@ def test_command(shards, tmp_path, capsys):
     ("extra", "message"),
     [
         (["--config", "huge"], "neither base nor small"),
-        (["--steps", "0"], "steps is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--weight-decay", "nan"], "--weight-decay is nan"),
         (["--devices", "many"], "devices many"),
         (["--device", "tpu9"], "device"),
         (["--probe", "nowhere"], "nowhere"),

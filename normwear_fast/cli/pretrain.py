@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default, run = PretrainSettings(), RunSettings()
     parser.add_argument("data", metavar="DATA", help="folder of normwear-fast prepare")
     parser.add_argument("--output", required=True, metavar="DIR", help="to write or go on with")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in --output")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew in --output, a run's folder"
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--config",
@@ -99,19 +101,24 @@ def run(args: argparse.Namespace) -> int:
     from normwear_fast.pretrain.data import SeriesShards
     from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings, pretrain
 
-    settings = PretrainSettings(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        mask=args.mask,
-        mixup=not args.no_mixup,
-        base_learning_rate=args.learning_rate,
-        warmup=args.warmup,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        precision=args.precision,
-        seed=args.seed,
-    )
+    try:
+        settings = PretrainSettings(
+            steps=args.steps,
+            batch_size=args.batch_size,
+            accumulate=args.accumulate,
+            mask=args.mask,
+            mixup=not args.no_mixup,
+            base_learning_rate=args.learning_rate,
+            warmup=args.warmup,
+            weight_decay=args.weight_decay,
+            clip=args.clip,
+            precision=args.precision,
+            seed=args.seed,
+        )
+    except UsageError as error:  # it begins with the setting's name
+        name, _, rest = str(error).partition(" ")
+        option = name.removeprefix("base_").replace("_", "-")
+        raise UsageError(f"--{option} {rest}") from None
     watching = RunSettings(
         accelerator=args.device,
         devices=int(args.devices) if args.devices.isdigit() else args.devices,

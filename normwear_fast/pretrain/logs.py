@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.errors import OutputError, UsageError, one_line, reading
+from normwear_fast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +19,9 @@ PROBES_FILE = "probes.csv"
 TENSORBOARD = "tensorboard"
 PICTURES = "pictures"
 
+
+STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "skipped", "windows_per_second")
+"""Of `STEPS_FILE`."""
 
 _NOT_OURS = "is damaged; move it away, and the same command goes on without what it said"
 
@@ -42,9 +45,13 @@ class Log:
         self.last_losses(1)  # a damaged curve is refused before anything is written
         for name in (STEPS_FILE, PROBES_FILE):
             _keep_rows(folder / name, step)
-        self._board = SummaryWriter(
-            str(folder / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
-        )
+        try:
+            self._board = SummaryWriter(
+                str(folder / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
+            )
+        except OSError as error:
+            where = folder / TENSORBOARD
+            raise OutputError(f"{where}: cannot be written ({one_line(error)})") from None
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends a row, which has ``step``, to a CSV of that name."""
@@ -104,10 +111,8 @@ def _keep_rows(path: Path, step: int) -> None:
     rows = read_rows(path)
     with reading(path, OutputError, _NOT_OURS):
         rows = [row for row in rows if int(row["step"]) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if rows:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    os.replace(temporary, path)

@@ -35,6 +35,7 @@ from normwear_fast.optimization import decays, rate_factor
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
 from normwear_fast.pretrain.checkpoint import (
     CHECKPOINT_FILE,
+    check_output,
     load_checkpoint,
     locked,
     save_checkpoint,
@@ -291,7 +292,7 @@ def pretrain(
         run: how the run is carried out.
         initial: released names to start from, decoder included; None for random ones by the seed.
         probe: a labelled set, probed with the encoder's embeddings every ``probe_every`` steps.
-        overwrite: start anew where ``output`` holds another run.
+        overwrite: start anew where ``output`` holds another run; what is not a run's is refused.
         say: told what is being done, a line at a time.
 
     Returns:
@@ -299,7 +300,7 @@ def pretrain(
 
     Raises:
         UsageError: settings the data, the output or this machine cannot serve.
-        OutputError: the output cannot be written or goes on with other settings.
+        OutputError: the output cannot be written, holds other things, or a run of other settings.
         InputError: too many steps in a row without a finite loss.
     """
     run = run or RunSettings()
@@ -327,6 +328,7 @@ def pretrain(
         raise UsageError(
             f"devices {run.devices}, strategy {run.strategy}: {one_line(error)}"
         ) from None
+    check_output(Path(output), overwrite=overwrite)
     task = _Task(shards, config, settings, Path(output), run, initial, probe, overwrite, say)
     report = cast(PretrainReport, fabric.launch(task))
     return report if fabric.is_global_zero else None
