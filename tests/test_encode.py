@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normwear_fast import FastNormWear, NormWearConfig
+from normwear_fast.cli.main import main
 from normwear_fast.encode import (
     EncodeSettings,
     Summary,
@@ -36,6 +40,7 @@ from normwear_fast.encode.units import plan_units
 from normwear_fast.encode.windows import Extractor, Tiling, Window
 from normwear_fast.errors import OutputError, RecordingError, UsageError
 from normwear_fast.preprocess import fill_missing, prepare_window, preprocess
+from normwear_fast.pretrain.prepare import prepare_series
 from normwear_fast.recordings.base import Channel, Recording, register
 
 TINY = NormWearConfig(
@@ -711,6 +716,47 @@ def test_output_inside_the_inputs_is_no_input(tmp_path: Path) -> None:
     folder = make_cohort(tmp_path / "in")
     run(folder, folder / "out", progress=StopAfter(1))
     assert run(folder, folder / "out").failed == {}
+
+
+def test_earlier_outputs_below_the_input_are_no_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of encode, prepare, finetune, pretrain and predict: not encoded, and no reason to refuse."""
+    folder = make_cohort(tmp_path / "in")
+    names = {each.id for each in pipeline.find_inputs([folder], None)}
+    run(folder, folder / "deep" / "out_mean")
+    series = EncodeSettings(window=6.0)
+    prepare_series([folder], folder / "series", series)
+    for name, start, table in (
+        ("tuned", ("finetune.json", '{\n  "format": "normwear-fast finetune",'), "epochs.csv"),
+        ("run", ("steps.csv", "step,loss,learning_rate,gradient_norm,skipped\n"), "probes.csv"),
+    ):
+        (folder / name).mkdir()
+        (folder / name / start[0]).write_text(start[1])
+        (folder / name / table).write_text("time,value\n0,1\n")
+    part = folder / "deep" / "out_mean" / "part-000000.parquet"
+    shutil.copy(part, folder / "copy_of_a_part.parquet")
+    metadata = {"normwear_fast_zeroshot": json.dumps({"question": "x" * 300})}
+    answers = pa.table({"start_s": [0.0]}).replace_schema_metadata(metadata)
+    pq.write_table(answers, folder / "answers.parquet")
+    assert {each.id for each in pipeline.find_inputs([folder], None)} == names
+
+    run(folder, folder / "out_cls", replace(SETTINGS, pool="cls"))
+    assert {row[0] for row in rows(folder / "out_cls")} == names
+    # A run with a sibling that came later goes on.
+    assert run(folder, folder / "deep" / "out_mean").already_complete
+    assert prepare_series([folder], folder / "series", series).already_complete
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert {each["id"] for each in json.loads(capsys.readouterr().out)["recordings"]} == names
+    with pytest.raises(UsageError, match="out_cls: was written by normwear-fast"):
+        run(folder / "out_cls", tmp_path / "new")
+
+    # Only by what is in them: tables and manifests of others are what they were.
+    (folder / "manifest.json").write_text('{"format": "something else"}')
+    pq.write_table(pa.table({"normwear_fast": [0.0] * 200}), folder / "mine.parquet")
+    (folder / "cut.parquet").write_bytes(part.read_bytes()[:-20])
+    found = {each.id for each in pipeline.find_inputs([folder], None)}
+    assert found == names | {"mine", "cut"}
 
 
 # --- refusals of the system --------------------------------------------------------------------------

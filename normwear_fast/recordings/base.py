@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -329,7 +329,7 @@ def find_recordings(inputs: Sequence[str | Path]) -> list[FoundRecording]:
     An id is the path below the input folder without its extension (POSIX slashes); the stem, for a
     file given itself. Recordings that would share an id keep their extension, and if they still
     share it (two inputs) the path below the inputs' common folder. In folders, unknown extensions,
-    hidden names and parts of other recordings are passed over.
+    hidden names, parts of other recordings and what normwear-fast wrote are passed over.
 
     Raises:
         UsageError: an input does not exist, or there is no recording in any of them.
@@ -346,6 +346,11 @@ def find_recordings(inputs: Sequence[str | Path]) -> list[FoundRecording]:
             found.setdefault(os.path.abspath(given), (name, given))
     if not found:
         where = ", ".join(str(given) for given in inputs) or "no input"
+        written = next((given for given in map(Path, inputs) if _is_output(given)), None)
+        if written is not None:
+            raise UsageError(
+                f"{written}: was written by normwear-fast; name a folder of recordings"
+            )
         raise UsageError(f"{where}: no recording found; known are {' '.join(extensions())}")
 
     ids = {key: _without_extension(name, path) for key, (name, path) in found.items()}
@@ -371,6 +376,42 @@ def _shared(ids: dict[str, str]) -> list[str]:
     return [key for key, name in ids.items() if counts[name] > 1]
 
 
+_OUTPUTS = {
+    "manifest.json": rb'\s*{\s*"format":\s*"normwear-fast ',  # encode, prepare
+    "finetune.json": rb'\s*{\s*"format":\s*"normwear-fast ',
+    "steps.csv": rb"step,loss,learning_rate,gradient_norm,",  # pretrain
+}
+"""Files of our own outputs, and how they begin: none of what lies beside them is a recording."""
+
+_OUR_METADATA = re.compile(rb"\x18[\x0d\x16]normwear_fast(_zeroshot)?\x18[\x80-\xff]*[\x00-\x7f]{")
+"""In a Parquet footer: the key under which we say of a table what made it, before JSON."""
+
+
+def _is_output(folder: Path) -> bool:
+    for name, beginning in _OUTPUTS.items():
+        path = folder / name
+        if path.is_file():  # opening a pipe waits for ever
+            with suppress(OSError), path.open("rb") as file:
+                if re.match(beginning, file.read(200)):
+                    return True
+    return False
+
+
+def _is_table_of_ours(path: Path) -> bool:
+    """Whether a Parquet file is a part of encode or predictions: known by its footer, unopened."""
+    if path.suffix.lower() not in (".parquet", ".pq") or not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] == b"PAR1" and length <= size - 8:
+            file.seek(size - 8 - length)
+            return _OUR_METADATA.search(file.read(length)) is not None
+    return False
+
+
 def _recordings_below(folder: Path) -> list[Path]:
     """Files with a known extension and folders that are recordings, without parts of others."""
     paths: list[Path] = []
@@ -381,12 +422,19 @@ def _recordings_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
+        if _is_output(Path(top)):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         whole = [name for name in folders if _folder_reader(Path(top, name)) is not None]
         paths += [Path(top, name) for name in whole]
         folders[:] = [name for name in folders if name not in whole]
         known = (name for name in sorted(files) if not name.startswith("."))
-        paths += [Path(top, name) for name in known if Path(name).suffix.lower() in _READERS]
+        paths += [
+            path
+            for path in (Path(top, name) for name in known)
+            if path.suffix.lower() in _READERS and not _is_table_of_ours(path)
+        ]
     parts = {
         part
         for path in paths
