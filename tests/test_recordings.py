@@ -739,6 +739,80 @@ def test_channels_are_not_taken_for_clocks(title: str) -> None:
     assert time_column(title) is None
 
 
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("columns", "clock", "channels"),
+    [
+        ("T,timestamp (ms),eda", "timestamp (ms)", ["T", "eda"]),
+        ("t,timestamp (ms),eda", "timestamp (ms)", ["t", "eda"]),
+        ("Ts,eda,time_s", "time_s", ["Ts", "eda"]),
+        ("t,eda,time_s", "time_s", ["t", "eda"]),
+        ("epoch,eda,time_s", "time_s", ["epoch", "eda"]),
+        ("elapsed,timestamp_ms,eda", "timestamp_ms", ["eda"]),  # goes back: no clock, no channel
+    ],
+)
+def test_a_temperature_is_no_clock(
+    tmp_path: Path, kind: str, columns: str, clock: str, channels: list[str]
+) -> None:
+    names = columns.split(",")
+    rng = np.random.default_rng(3)
+    values = {name: rng.normal(33, 1, 400).round(2) for name in names}
+    values[clock] = np.arange(400) * (0.25 if clock == "time_s" else 250.0)
+    path = tmp_path / f"r{kind}"
+    table = pd.DataFrame(values)[names]
+    table.to_csv(path, index=False) if kind == ".csv" else table.to_parquet(path)
+    for rate in (None, 4.0):
+        recording, data = opened(path, rate)
+        assert [(c.name, c.sampling_rate) for c in recording.channels] == [
+            (name, 4.0) for name in channels
+        ]
+        np.testing.assert_array_equal(data, [values[name] for name in channels])
+
+
+def test_an_ambiguous_name_is_a_clock_by_its_values(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    warming = np.cumsum(rng.uniform(0, 0.02, 400)).round(4) + 30
+    path, values = _even(tmp_path / "r.csv", warming, "t,eda")
+    recording, data = opened(path, 4.0)  # the rate tells: a channel
+    np.testing.assert_array_equal(data, [warming, values])
+    assert "column 't' is not taken for a clock: it is a channel" in recording.notes
+    path, values = _even(tmp_path / "r.csv", [f"{i / 50:.2f}" for i in range(400)], "t,eda")
+    for rate in (None, 50.0):
+        recording, data = opened(path, rate)
+        np.testing.assert_array_equal(data, [values])
+        assert recording.channels[0].sampling_rate == 50.0
+    refused(path, "--rate 4 contradicts", rate=4.0)
+    path, _ = _even(tmp_path / "r.csv", [f"{i / 50:.2f}" for i in range(400)], "T,eda")
+    refused(path, "no time column")
+
+
+def test_the_steadier_of_two_clocks(tmp_path: Path) -> None:
+    times = np.arange(400) / 50
+    back = np.random.default_rng(5).uniform(0, 10, 400).round(3)
+    table = pd.DataFrame({"time": back, "timestamp": times, "ecg": times})
+    table.to_csv(tmp_path / "r.csv", index=False)
+    table.to_parquet(tmp_path / "r.parquet")
+    for name in ("r.csv", "r.parquet"):
+        recording, _ = opened(tmp_path / name)
+        assert recording.channels[0].sampling_rate == 50.0
+        assert "column 'time' is a second clock and left out" in recording.notes
+        assert not any("'timestamp' is a second clock" in note for note in recording.notes)
+
+
+@pytest.mark.parametrize("title", ["T", " T", "T [°C]", "T (C)", "T_s"])
+def test_an_upper_case_t_is_a_temperature(title: str) -> None:
+    assert time_column(title) is None
+    assert time_column("T (ms)") is not None
+
+
+def test_parquet_of_pandas_has_one_clock(tmp_path: Path) -> None:
+    table = pd.DataFrame({"time": np.arange(100) / 50, "ECG": 1.0, "PPG": 2.0})
+    table.to_parquet(tmp_path / "r.parquet")
+    recording, _ = opened(tmp_path / "r.parquet")
+    assert [c.name for c in recording.channels] == ["ECG", "PPG"]
+    assert recording.notes == ("times in column 'time' are read as s",)
+
+
 def test_intervals_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Intervals, "LIMIT", 1000)
     intervals = Intervals()

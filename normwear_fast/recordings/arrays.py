@@ -191,17 +191,17 @@ class ArrayRecording(PartedRecording):
         return rate
 
     def _clock(self, one: StoredArray, tree: Tree) -> StoredArray | None:
-        """The time array of the same group and length."""
-        for other in tree.arrays:
-            if (
-                other.group == one.group
-                and other.shape == one.shape[-1:]
-                and other is not one
-                and other.array.dtype.kind in "iuf"
-                and time_column(other.name) is not None
-            ):
-                return other
-        return None
+        """The time array of the same group and length; of several, the one with the best name."""
+        found = [
+            (column.sure, column.seconds is not None, other)
+            for other in tree.arrays
+            if other.group == one.group
+            and other.shape == one.shape[-1:]
+            and other is not one
+            and other.array.dtype.kind in "iuf"
+            and (column := time_column(other.name)) is not None
+        ]
+        return max(found, key=lambda each: each[:2])[2] if found else None
 
     def _titles(self, one: StoredArray, tree: Tree) -> tuple[list[str], list[str]]:
         """Names and units of an array's channels."""

@@ -6,6 +6,7 @@ Times are carried as integer nanoseconds after the first row, so that a coarse c
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +64,23 @@ _NAMES = {
 }
 # Unit words that are a time column's name on their own; "s" and "us" alone could be anything.
 _UNIT_NAMES = {unit for unit in _UNITS if len(unit) > 2} | {"ms"}
+# Also the names of a temperature, a skin temperature and a counter of epochs, without a unit of time.
+_AMBIGUOUS = {"t", "ts", "epoch"}
 
 
 @dataclass(frozen=True)
 class TimeColumn:
-    """A column title read as a time column; seconds is None where the title names no unit."""
+    """A column title read as a time column.
+
+    Attributes:
+        title: as the file has it.
+        seconds: the unit; None where the title names none.
+        sure: the title is a time's and nothing else's. A "t" may be a temperature.
+    """
 
     title: str
     seconds: float | None
+    sure: bool = True
 
 
 def time_column(title: str) -> TimeColumn | None:
@@ -82,12 +92,62 @@ def time_column(title: str) -> TimeColumn | None:
     if name in _UNIT_NAMES and bracket is None:
         return TimeColumn(title, _UNITS[name])
     stem, _, last = name.rpartition("_")
+    # upper case is a temperature, whatever stands below it: T, T_s
+    temperature = title.lstrip().startswith("T") and "t" in (name, stem)
     if name in _NAMES:
         # "time (UTC)" says nothing about the unit
-        return TimeColumn(title, _UNITS.get(bracket) if bracket else None)
-    if stem in _NAMES and last in _UNITS:
+        unit = _UNITS.get(bracket) if bracket else None
+        if temperature and unit is None:
+            return None
+        return TimeColumn(title, unit, unit is not None or name not in _AMBIGUOUS)
+    if stem in _NAMES and last in _UNITS and not (temperature and last == "s"):
         return TimeColumn(title, _UNITS[last])
     return None
+
+
+def choose_clock(
+    candidates: Sequence[TimeColumn],
+    times: Sequence[NDArray[np.float64] | None],
+    given: float | None,
+) -> tuple[int | None, list[int]]:
+    """Which of a table's time columns is its clock, and which are none.
+
+    In this order: a column that never goes back, that moves, whose title is a time's and nothing
+    else's, whose steps are regular, whose unit is known, that stands further left. A column whose
+    title may mean something else ("t") has to be a clock by its values: it never goes back, moves,
+    and its steps are regular; with the user's rate they are all but equal.
+
+    Args:
+        candidates: from left to right.
+        times: the first values of each; None for wall-clock times, which are what they are.
+        given: the user's --rate.
+
+    Returns:
+        (the clock's place or None, places of candidates that are channels).
+    """
+    ranks: list[tuple[bool, ...]] = []
+    channels: list[int] = []
+    for place, (column, values) in enumerate(zip(candidates, times, strict=True)):
+        forward = moves = regular = known = even = True
+        if values is not None:
+            values = values[np.isfinite(values)]
+            steps = np.diff(values)
+            moved = np.abs(steps[steps != 0])
+            forward, moves = not (steps < 0).any(), moved.size > 0
+            if moves:
+                low, median, high = np.percentile(moved, [5, 50, 95])
+                regular = median / 4 <= low and high <= 4 * median
+                even = high - low <= 0.1 * median
+                first = float(values[0])
+                known = column.seconds is not None or any(
+                    wall_clock(first * unit) for unit in (1.0, 1e-3, 1e-6, 1e-9)
+                )
+        ranks.append((forward, moves, column.sure, regular, known))
+        clock = forward and moves and regular and (even or given is None)
+        if not column.sure and not clock:
+            channels.append(place)
+    clocks = [place for place in range(len(candidates)) if place not in channels]
+    return max(clocks, key=lambda place: ranks[place], default=None), channels
 
 
 _PLAUSIBLE_HZ = 4.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import Array, register, split_units
-from normwear_fast.recordings.clock import TimeColumn, time_column
+from normwear_fast.recordings.clock import TimeColumn, choose_clock, time_column
 from normwear_fast.recordings.table import TableRecording
 
 _BATCH = 65536  # rows
+_SAMPLE = 4096  # rows of which a clock is told from a channel
 _UNIT_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
@@ -55,18 +56,27 @@ class ParquetRecording(TableRecording):
         self._time: TimeColumn | None = None
         self._time_type: Any = None
         named = [f for f in schema if time_column(f.name) and (number(f.type) or temporal(f.type))]
-        clocks = named or [field for field in schema if temporal(field.type)]
-        if clocks:
-            field = clocks[0]
-            self._time_type = field.type
-            self._time = time_column(field.name) or TimeColumn(field.name, None)
-            if temporal(field.type):
-                self._time = TimeColumn(field.name, _UNIT_SECONDS[field.type.unit])
+        taken = [time_column(field.name) or TimeColumn(field.name, None) for field in named]
+        chosen, channels = choose_clock(taken, self._sample(named, temporal), sampling_rate)
+        signals = {named[place].name for place in channels}
+        self.notes += tuple(
+            f"column {name!r} is not taken for a clock: it is a channel" for name in signals
+        )
+        clocks = [field for field in named if field.name not in signals]
+        clock = None if chosen is None else named[chosen]
+        if clock is None:
+            clocks = [field for field in schema if temporal(field.type)]
+            clock = clocks[0] if clocks else None
+        if clock is not None:
+            self._time_type = clock.type
+            self._time = time_column(clock.name) or TimeColumn(clock.name, None)
+            if temporal(clock.type):
+                self._time = TimeColumn(clock.name, _UNIT_SECONDS[clock.type.unit])
         self._columns: list[str] = []
         self._file_units: list[str] = []
         for field in schema:
             if field in clocks:
-                if field is not clocks[0]:
+                if clock is not None and field.name != clock.name:
                     self.notes += (f"column {field.name!r} is a second clock and left out",)
             elif field.name.startswith("__index_level_"):
                 self.notes += (f"pandas index {field.name!r} is left out",)
@@ -83,6 +93,25 @@ class ParquetRecording(TableRecording):
             )
         ]
         self._survey(sampling_rate)
+
+    def _sample(
+        self, fields: list[Any], temporal: Callable[[Any], bool]
+    ) -> list[NDArray[np.float64] | None]:
+        """The first values of columns of numbers; None for wall-clock times."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        numbers = [field.name for field in fields if not temporal(field.type)]
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                batches = file.iter_batches(_SAMPLE, columns=numbers, use_threads=False)
+                batch = next(batches) if len(numbers) > 0 else None
+        except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+            raise RecordingError(f"{self.path}: is damaged: {one_line(error)}") from error
+        return [
+            None if batch is None or temporal(f.type) else _floats(batch.column(f.name))
+            for f in fields
+        ]
 
     def _rows(
         self, channels: list[int], *, time: bool

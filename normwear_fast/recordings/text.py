@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import Array, register, split_units
-from normwear_fast.recordings.clock import TimeColumn, time_column
+from normwear_fast.recordings.clock import TimeColumn, choose_clock, time_column
 from normwear_fast.recordings.e4 import is_e4_file
 from normwear_fast.recordings.table import TableRecording
 
@@ -57,7 +57,7 @@ class TextRecording(TableRecording):
         # what the column is called in the reader, where names must differ
         self._names = [f"{i}: {title.strip()}" for i, title in enumerate(header or [""] * width)]
         self._types: dict[str, Any] = {}
-        kept = self._choose(header, columns)
+        kept = self._choose(header, columns, sampling_rate)
         self._columns = [self._names[i] for i in kept]
         self._titles = split_units([header[i] if header else "" for i in kept])
         self._survey(sampling_rate)
@@ -97,9 +97,12 @@ class TextRecording(TableRecording):
                 self._decimal = ","
         return rows
 
+    def _number(self, cell: str) -> float:
+        return float(cell.replace(self._decimal, ".") if self._decimal == "," else cell)
+
     def _is_number(self, cell: str) -> bool:
         try:
-            float(cell.replace(self._decimal, ".") if self._decimal == "," else cell)
+            self._number(cell)
         except ValueError:
             return False
         return "_" not in cell  # float() reads 1_000; a CSV reader does not
@@ -114,7 +117,9 @@ class TextRecording(TableRecording):
             or _DAYTIME.fullmatch(cell)
         )
 
-    def _choose(self, header: list[str] | None, columns: list[list[str]]) -> list[int]:
+    def _choose(
+        self, header: list[str] | None, columns: list[list[str]], given: float | None
+    ) -> list[int]:
         """Find the time column and the channels; returns the channels' places."""
         import pyarrow as pa
 
@@ -126,14 +131,22 @@ class TextRecording(TableRecording):
             for i, title in enumerate(header or [])
             if (found := time_column(title)) is not None
         }
+        clock, channels = choose_clock(
+            list(times.values()), [self._times(columns[i], kinds[i]) for i in times], given
+        )
+        titles = [(i, found) for i, found in times.items()]
+        for place in channels:
+            i, found = titles[place]
+            del times[i]
+            if kinds[i] == "number":
+                self.notes += (f"column {found.title!r} is not taken for a clock: it is a channel",)
         for i, kind in enumerate(kinds):
             # without a name, wall-clock times still are what they are
             if kind == "time" and not times:
                 times[i] = TimeColumn(header[i] if header else f"column {i + 1}", None)
-        for i, found in times.items():
-            if self._time is not None:
-                self.notes += (f"column {found.title!r} is a second clock and left out",)
-                continue
+                titles, clock = [(i, times[i])], 0
+        if clock is not None:
+            i, found = titles[clock]
             if kinds[i] == "text":
                 cell = next(cell for cell in columns[i] if cell.strip())
                 raise RecordingError(
@@ -145,6 +158,9 @@ class TextRecording(TableRecording):
                 self._set_wall_clock(found, columns[i])
             else:
                 self._types[self._time_name] = pa.float64()
+        for i, found in times.items():
+            if self._names[i] != self._time_name:
+                self.notes += (f"column {found.title!r} is a second clock and left out",)
         kept = []
         for i, kind in enumerate(kinds):
             title = header[i].strip() if header else f"column {i + 1}"
@@ -158,6 +174,12 @@ class TextRecording(TableRecording):
                 kept.append(i)
                 self._types[self._names[i]] = pa.float64()
         return kept
+
+    def _times(self, cells: list[str], kind: str) -> NDArray[np.float64] | None:
+        """The numbers of a time column's sample, none for text; None for wall-clock times."""
+        if kind != "number":
+            return None if kind == "time" else np.empty(0)
+        return np.array([self._number(cell) if self._is_number(cell) else np.nan for cell in cells])
 
     def _kind(self, cells: list[str]) -> str:
         """ "number", "time" or "text": text if not one cell of the sample is a value."""
