@@ -6,8 +6,10 @@ A backend is a :class:`Backend` built from functions with the signatures of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,6 +81,11 @@ _DEVICES: dict[str, str] = {"native": "cpu"}
 """Backends that run on one device type only."""
 
 
+@cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"{reason}; plain PyTorch runs instead, slower", RuntimeWarning, stacklevel=3)
+
+
 def select_backend(name: str, device: torch.device) -> Backend:
     """The backend of that name, or for ``auto`` the fastest one present for the device.
 
@@ -88,7 +95,8 @@ def select_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         try:
             return BACKENDS[_AUTO.get(device.type, "torch")]()
-        except UsageError:
+        except UsageError as error:
+            _say_once(str(error))
             return TORCH
     if name not in BACKENDS:
         known: list[Any] = ["auto", *BACKENDS]

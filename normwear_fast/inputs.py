@@ -7,11 +7,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.errors import InputError
+from normwear_fast.preprocess import as_float_array
 
 Resample = Literal["upstream", "always", "never"]
 
@@ -19,18 +20,10 @@ UPSTREAM_RESAMPLES_ABOVE = 256.0
 """Hz; the published ``get_embedding`` feeds anything at or below this rate as it is."""
 
 
-def as_float_array(values: ArrayLike) -> NDArray[Any]:
-    """Real numbers as floating point: integers and booleans as float64, floats as they are."""
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiub":
-        raise InputError(f"values are {array.dtype}; they must be real numbers")
-    return array if array.dtype.kind == "f" else array.astype(np.float64)
-
-
 def window_list(windows: Any) -> list[NDArray[Any]]:
     """(windows, channels, samples), or a sequence of (channels, samples) of any lengths, as a list."""
     if isinstance(windows, Tensor):
-        windows = windows.detach().cpu().numpy()
+        windows = _from_tensor(windows)
     if isinstance(windows, np.ndarray) and windows.dtype != object:
         if windows.ndim != 3:
             raise InputError(
@@ -40,12 +33,17 @@ def window_list(windows: Any) -> list[NDArray[Any]]:
     items = []
     for i, window in enumerate(windows):
         if isinstance(window, Tensor):
-            window = window.detach().cpu().numpy()
+            window = _from_tensor(window)
         array = as_float_array(window)
         if array.ndim != 2 or array.shape[0] == 0:
             raise InputError(f"window {i} is {array.shape}; it must be (channels, samples)")
         items.append(array)
     return items
+
+
+def _from_tensor(x: Tensor) -> NDArray[Any]:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()  # NumPy has no bfloat16
 
 
 def check_rate(rate: float) -> None:

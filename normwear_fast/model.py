@@ -24,7 +24,6 @@ from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
 from normwear_fast.inputs import (
     UPSTREAM_RESAMPLES_ABOVE,
     Resample,
-    as_float_array,
     check_finite,
     check_rate,
     prepare,
@@ -43,6 +42,7 @@ from normwear_fast.packing import (
     scalogram_method,
     window_tokens,
 )
+from normwear_fast.preprocess import as_float_array
 from normwear_fast.reference import Attention, Block, ReferenceNormWear
 from normwear_fast.scalograms import scalogram
 from normwear_fast.transfer import Transfers
@@ -95,10 +95,12 @@ class FastNormWear(ReferenceNormWear):
     """NormWear with upstream's constructor and `get_embedding`, and a fast path for inference.
 
     The released-name parameters are the only truth. Folded weights are a cache of them per (device,
-    precision, backend), rebuilt after ``load_state_dict``, ``.to()`` or an optimiser step. Where
-    gradients are enabled and any parameter or the input requires them, ``forward`` and
-    ``get_embedding`` take the plain differentiable path: wrap inference in ``torch.inference_mode()``,
-    or call ``requires_grad_(False)``; ``encode`` is always in inference mode.
+    precision, backend), rebuilt after ``load_state_dict``, ``.to()``, an optimiser step or any other
+    write that autograd counts. It does not count writes through ``p.data`` or ``p.numpy()``: write
+    under ``torch.no_grad()`` instead. Where gradients are enabled and any parameter or the input
+    requires them, ``forward`` and ``get_embedding`` take the plain differentiable path: wrap inference
+    in ``torch.inference_mode()``, or call ``requires_grad_(False)``; ``encode`` is always in inference
+    mode.
 
     Args:
         optimized_cwt: which scalogram: True is the one pretraining used, False (upstream's default)
@@ -479,6 +481,8 @@ class FastNormWear(ReferenceNormWear):
             raise InputError(
                 f"sample_data is {tuple(x.shape)}; it must be (batch, channels, samples)"
             )
+        if x.is_complex():
+            raise InputError(f"sample_data is {x.dtype}; it must be real numbers")
         if not x.is_floating_point():
             x = x.float()
         check_rate(sampling_rate)
@@ -718,9 +722,9 @@ class _Outputs:
         self.uniform = len(set(shapes)) <= 1
         if self.uniform:
             shape = shapes[0] if shapes else (0,)
-            self.array = torch.empty((len(shapes), *shape), dtype=torch.float32)
+            self.array = torch.empty((len(shapes), *shape), dtype=torch.float32, device="cpu")
         else:
-            self.items = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
+            self.items = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
 
     def put(self, index: int, value: Tensor) -> None:
         (self.array[index] if self.uniform else self.items[index]).copy_(value)
@@ -738,7 +742,8 @@ class _progress:
         import sys
 
         self.bar: Any = None
-        if show or (show is None and sys.stderr.isatty()):
+        # A process started without a terminal may have no stderr at all.
+        if show or (show is None and sys.stderr is not None and sys.stderr.isatty()):
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, unit="window", desc="encode")

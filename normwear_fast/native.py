@@ -50,6 +50,11 @@ _POOLS = {"mean": 0, "cls": 1, "patch": 2}
 _NONE = (0, 0, 0)
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Its address goes to C++: never of the process's default dtype or device."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 @cache
 def instruction_sets() -> tuple[str, ...]:
     """Those this build and this processor have, best first; empty without the extension."""
@@ -68,7 +73,7 @@ def bfloat16_gain(instruction_set: str) -> float:
     machine.
     """
     operations = kernels(instruction_set)
-    a, w, c = torch.ones(84, 768), torch.ones(256, 768), torch.empty(84, 256)
+    a, w, c = _empty(84, 768).fill_(1), _empty(256, 768).fill_(1), _empty(84, 256)
     weights = {name: pack(operations, w, OPERANDS[name]) for name in ("float32", "bfloat16")}
     best = dict.fromkeys(weights, float("inf"))
     for _ in range(7):
@@ -197,7 +202,7 @@ def _what(x: Tensor | None) -> str:
 
 @lru_cache(maxsize=256)
 def _bounds(segments: Segments) -> Tensor:
-    return torch.tensor(segments.bounds, dtype=torch.int64)
+    return torch.tensor(segments.bounds, dtype=torch.int64, device="cpu")
 
 
 # --- the operators: signatures and meaning are those of normwear_fast.operators ----------------------
@@ -221,7 +226,7 @@ def residual_norm(
     if not (taken and _whole(shape[1:], carried) and wanted in _TYPES and _apart(out)):
         return operators.residual_norm(residual, carried, eps, update=update, dtype=dtype, out=out)
     if out is None:
-        out = torch.empty(shape, dtype=wanted)
+        out = _empty(*shape, dtype=wanted)
     kernels.residual_norm(
         residual=residual.data_ptr(),
         update=_view(update),
@@ -266,8 +271,8 @@ def quantise_rows(kernels: Any, x: Tensor, bias: Tensor | None = None) -> tuple[
             "or bfloat16 on the CPU with contiguous rows, and (width,) float32 or None"
         )
     rows, width = x.shape
-    q = torch.empty((rows, width), dtype=torch.uint8)
-    scale, offset = torch.empty(rows), torch.empty(rows)
+    q = _empty(rows, width, dtype=torch.uint8)
+    scale, offset = _empty(rows), _empty(rows)
     kernels.quantise(
         x=_view(x),
         bias=_address(bias),
@@ -313,7 +318,7 @@ def channel_attention(
     if not fits:
         return operators.channel_attention(query, key_value, queries, keys, num_heads, out=out)
     if out is None:
-        out = torch.empty(shape, dtype=query.dtype)
+        out = _empty(*shape, dtype=query.dtype)
     bounds = [_bounds(queries), _bounds(keys)]  # kept: another thread may empty the cache
     kernels.attention(
         query=_view(query),
@@ -353,7 +358,7 @@ def pool_norm(
         return operators.pool_norm(
             residual, carried, weight, bias, eps, sequences, pool, update=update
         )
-    out = torch.empty((shape[0] if pool == "patch" else len(sequences), shape[1]))
+    out = _empty(shape[0] if pool == "patch" else len(sequences), shape[1])
     bounds = _bounds(sequences)
     kernels.pool_norm(
         residual=residual.data_ptr(),
@@ -511,7 +516,8 @@ def tokenize(
     if key not in tokenizer.prepared:
         tokenizer.prepared[key] = _patch_matrix(kernels, tokenizer)
     known: dict[tuple[int, int], int] = {}
-    table = torch.tensor([known.setdefault(pair, len(known)) for pair in pairs], dtype=torch.int64)
+    which = [known.setdefault(pair, len(known)) for pair in pairs]
+    table = torch.tensor(which, dtype=torch.int64, device="cpu")
     filters, entries = [], []
     for length, tokens in known:
         part = _filters(
@@ -640,7 +646,7 @@ class NativeEncoder:
     def _true_block(self, x: Tensor, block: _Block, groups: Segments) -> Tensor:
         """A block over true values (S, E), attending inside each group: the fusion of [CLS] rows."""
         width = x.shape[1]
-        qkv = torch.empty((len(x), 3 * width), dtype=self.dtype)
+        qkv = _empty(len(x), 3 * width, dtype=self.dtype)
         self._linear(x, block.qkv, qkv, bias=block.qkv_bias, norm=True)
         attended = channel_attention(
             self.kernels, qkv[:, :width], qkv[:, width:], groups, groups, self.config.num_heads
@@ -650,7 +656,7 @@ class NativeEncoder:
     def _after_attention(self, x: Tensor, attended: Tensor, block: _Block) -> Tensor:
         """proj and the MLP with their constants; few rows, so that threads share the outputs."""
         x = self._linear(attended, block.proj, x + block.proj_constant, add=True)
-        hidden = torch.empty((len(x), block.hidden))
+        hidden = _empty(len(x), block.hidden)
         self._linear(x, block.fc1, hidden, bias=block.fc1_bias, norm=True, gelu=True)
         return self._linear(hidden, block.fc2, x + block.fc2_constant, add=True)
 
@@ -661,7 +667,7 @@ class NativeEncoder:
         key_value = take("qkv", len(residual), 2 * width, self.dtype)
         self._linear(residual, block.key_value, key_value, carried=carried, norm=True)
         x = residual[layout.cls_rows] + carried
-        query = torch.empty((len(x), width), dtype=self.dtype)
+        query = _empty(len(x), width, dtype=self.dtype)
         self._linear(x, block.query, query, bias=block.qkv_bias[:width], norm=True)
         attended = channel_attention(
             self.kernels, query, key_value, layout.ones, layout.sequences, self.config.num_heads

@@ -47,6 +47,27 @@ class FlatChannelWarning(UserWarning):
 # Gaps
 
 
+def as_float_array(values: ArrayLike) -> NDArray[Any]:
+    """Real numbers as NumPy's floating point.
+
+    Returns:
+        floats of up to 64 bits as they are, in this machine's byte order; all else as float64. What
+        a masked array masks is NaN.
+
+    Raises:
+        InputError: complex numbers, text, objects.
+    """
+    masked = isinstance(values, np.ma.MaskedArray)
+    array: Any = np.ma.asarray(values) if masked else np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"values are {array.dtype}; they must be real numbers")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    elif not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.filled(np.nan) if masked else array
+
+
 def fill_missing(x: ArrayLike) -> tuple[Floats, Floats]:
     """Interpolate linearly over NaN and infinite samples, ends held.
 
@@ -57,7 +78,7 @@ def fill_missing(x: ArrayLike) -> tuple[Floats, Floats]:
         The filled signal (..., L) float64 and the missing fraction (...,), 0 to 1. A channel
         without a finite sample stays NaN, with fraction 1; no samples at all are fraction 1 too.
     """
-    x = np.asarray(x, dtype=np.float64)
+    x = as_float_array(x).astype(np.float64, copy=False)
     finite = np.isfinite(x)
     if x.shape[-1] == 0:
         return x, np.ones(x.shape[:-1])
@@ -211,10 +232,8 @@ def resample_sinc(x: Signal, sampling_rate: float, target_rate: float = TARGET_R
     import torch
 
     if not isinstance(x, torch.Tensor):
-        array = np.asarray(x)
-        if array.dtype not in (np.float16, np.float32, np.float64):
-            array = array.astype(np.float64)
-        return resample_sinc(torch.tensor(array), sampling_rate, target_rate).numpy()
+        series = torch.tensor(as_float_array(x), device="cpu")
+        return resample_sinc(series, sampling_rate, target_rate).numpy()
     _check(x.shape, sampling_rate, target_rate)
     if not x.is_floating_point():
         x = x.double()
@@ -244,7 +263,9 @@ def resample_sinc(x: Signal, sampling_rate: float, target_rate: float = TARGET_R
             weights = np.where(inside, _sinc_window(distance, float(ratio)), 0.0)
             gather = torch.from_numpy(index.clip(0, x.shape[-1] - 1).ravel()).to(x.device)
             nearby = x.index_select(-1, gather).unflatten(-1, index.shape)
-            y[..., start : start + len(index)] = (nearby * torch.tensor(weights).to(x)).sum(-1)
+            y[..., start : start + len(index)] = (
+                nearby * torch.tensor(weights, device="cpu").to(x)
+            ).sum(-1)
             start += len(index)
     return y.to(dtype)
 
@@ -686,7 +707,7 @@ def _rational(rate: float) -> Fraction:
 
 
 def _signal(x: ArrayLike, sampling_rate: float, target_rate: float, offset: float) -> Floats:
-    x = np.asarray(x, dtype=np.float64)
+    x = as_float_array(x).astype(np.float64, copy=False)
     _check(x.shape, sampling_rate, target_rate)
     if not abs(offset) * sampling_rate <= 1:
         raise InputError(

@@ -77,15 +77,17 @@ def _bank(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
     """(num_scales, W) float64 filters; under ``torch.compile`` one node, for its NumPy is no graph."""
     if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.normwear.wavelet_bank(samples, method, wavelet, num_scales))
-    return torch.tensor(wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales))
+    bank = wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales)
+    return torch.tensor(bank, device="cpu")
 
 
 @torch.library.custom_op("normwear::wavelet_bank", mutates_args=())
 def _wavelet_bank(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
-    return torch.tensor(wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales))
+    bank = wavelet_bank(samples, cast(ScalogramMethod, method), wavelet, num_scales)
+    return torch.tensor(bank, device="cpu")
 
 
 @_wavelet_bank.register_fake
 def _(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:
     longest = CONV_WIDTH if method == "conv" else 10 * num_scales - 9
-    return torch.empty((num_scales, min(longest, samples)), dtype=torch.float64)
+    return torch.empty((num_scales, min(longest, samples)), dtype=torch.float64, device="cpu")

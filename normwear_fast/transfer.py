@@ -41,7 +41,7 @@ class Transfers:
         """
         total = sum(window.size for window in windows)
         on_gpu = self.device.type == "cuda"
-        host = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
+        host = torch.empty(total, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         np.concatenate([window.reshape(-1) for window in windows], out=host.numpy())
         if not on_gpu:
             return host.to(self.device, self.dtype)
@@ -63,7 +63,7 @@ class Transfers:
             return lambda: result
         self._out.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._out):
-            host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            host = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True)
             host.copy_(result, non_blocking=True)
             arrived = self._out.record_event()
         result.record_stream(self._out)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers import ENCODER_GOLDENS, golden, golden_config, golden_weights, recipe_state_dict
 
-from normwear_fast import FastNormWear, NormWearConfig, scalogram
+from normwear_fast import FastNormWear, NormWearConfig, backends, scalogram
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.reference import ReferenceNormWear
 
@@ -466,3 +467,71 @@ def test_save_and_load_bit_for_bit(tmp_path):
     x = np.random.default_rng().standard_normal((1, 2, 40)).astype(np.float32)
     assert np.array_equal(model.encode(x), again.encode(x))
     assert again.provenance()["weights"]["sha256"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64, "meta"])
+def test_torchs_defaults_change_nothing(precision: str, default: torch.dtype | str) -> None:
+    """A text encoder's bfloat16 default made buffers half as long as the native kernels wrote."""
+    model = tiny()
+    x = np.random.default_rng().standard_normal((2, 3, 90)).astype(np.float32)
+    pools = ("mean", "cls", "patch")
+    before = [model.encode(x, pool=pool, precision=precision) for pool in pools]
+    dtype = torch.get_default_dtype()
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        model._engines.clear()
+        after = [model.encode(x, pool=pool, precision=precision) for pool in pools]
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+    for a, b in zip(before, after, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_masked_values_are_missing() -> None:
+    model = tiny()
+    x = np.random.default_rng().standard_normal((2, 2, 130)).astype(np.float32)
+    junk = x.copy()
+    junk[1, 0, 40:60] = 9999
+    masked = np.ma.masked_greater(junk, 100)
+    gaps = np.where(junk > 100, np.nan, junk)
+    for windows in (masked, list(masked)):
+        with pytest.raises(InputError, match="window 1, channel 0 holds NaN"):
+            model.encode(windows)
+        filled = model.encode(windows, missing="interpolate")
+        assert np.array_equal(filled, model.encode(gaps, missing="interpolate"))
+    with pytest.raises(InputError, match="window 1, channel 0 holds NaN"):
+        model.get_embedding(masked)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">i2", "longdouble", "bfloat16", "complex64"])
+def test_numbers_of_other_kinds(kind: str) -> None:
+    model = tiny()
+    x = np.random.default_rng().integers(-200, 200, (2, 2, 130)).astype(np.float32)
+    expected = model.encode(x)
+    other = torch.from_numpy(x).bfloat16() if kind == "bfloat16" else x.astype(kind)
+    if kind != "complex64":
+        assert np.array_equal(model.encode(other), expected)
+        assert torch.equal(model.get_embedding(other), model.get_embedding(x))
+        return
+    for call in (model.encode, model.get_embedding):
+        for values in (other, torch.from_numpy(other)):
+            with pytest.raises(InputError, match=r"complex64; (they|it) must be real"):
+                call(values)
+
+
+def test_a_missing_native_engine_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> backends.Backend:
+        raise UsageError("backend 'native' needs normwear_fast._C: it was not built")
+
+    monkeypatch.setitem(backends.BACKENDS, "native", missing)
+    backends._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="it was not built; plain PyTorch runs instead"):
+        assert backends.select_backend("auto", torch.device("cpu")) is backends.TORCH
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.select_backend("auto", torch.device("cpu"))

@@ -128,9 +128,7 @@ def test_keys_beyond_32_bits():
     qkv = draw(rng, 71, 16, 1, BFLOAT16)
     far = torch.empty(71 * stride, dtype=BFLOAT16).as_strided((71, 32), (stride, 1))
     far.copy_(qkv[:, 16:])
-    exact = operators.channel_attention(
-        qkv[:, :16].double(), far.double(), sequences, sequences, 1
-    )
+    exact = operators.channel_attention(qkv[:, :16].double(), far.double(), sequences, sequences, 1)
     got = channel_attention(qkv[:, :16], far, sequences, sequences, 1)
     close(got, exact, far[:, 16:].abs().max())
 
