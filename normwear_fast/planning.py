@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from normwear_fast.config import NormWearConfig
 from normwear_fast.encode.settings import EncodeSettings, window_samples
+from normwear_fast.encode.windows import planned_duration
 from normwear_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +190,11 @@ def _durations(
     import numpy as np
 
     assert windows is not None
-    durations, counts = np.unique(windows.recordings[entry.id].durations, return_counts=True)
+    planned = [
+        planned_duration(duration, entry.duration, settings.max_missing)
+        for duration in windows.recordings[entry.id].durations.tolist()
+    ]
+    durations, counts = np.unique(planned, return_counts=True)
     return list(zip(durations.tolist(), counts.tolist(), strict=True))
 
 

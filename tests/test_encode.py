@@ -380,6 +380,25 @@ def test_other_windows_of_a_list_agree_within_rounding(
     np.testing.assert_allclose(table.embedding["5"], tiled.embedding["f", 6.0], atol=2e-6)
 
 
+@pytest.mark.parametrize("pool", ["mean", "patch"])
+def test_a_listed_window_longer_than_its_recording_is_a_row(
+    pool: str, cohort: Path, tmp_path: Path
+) -> None:
+    """As one that merely sticks out, however long it is; the others of the recording are encoded."""
+    path = tmp_path / "w.csv"
+    path.write_text("recording,start_s,duration_s\nb,0,2\nb,0,18\nb,-1e12,2e12\nb,6,4\nb,5,9.5\n")
+    windows = read_window_list(path)
+    settings_ = replace(
+        SETTINGS, window=None, hop=None, windows=windows.digest, pool=pool, max_missing=0.3
+    )
+    assert run(cohort, tmp_path / "out", settings_, windows=windows).exit_code == 0
+    table = load_embeddings(tmp_path / "out", "numpy")
+    order = np.argsort(table["window_id"].astype(int))
+    assert table["status"][order].tolist() == ["ok", MISSING, MISSING, "ok", MISSING]
+    np.testing.assert_allclose(table["missing_fraction"][order], [0, 0.5, 1, 0.25, 5.5 / 9.5])
+    assert run(cohort, tmp_path / "out", settings_, windows=windows).already_complete
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_reader_processes_change_nothing(
     workers: int, cohort: Path, undisturbed: Path, tmp_path: Path
@@ -911,6 +930,10 @@ def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
         ("recording,start_s,end_s\na,3\n", "line 2: end_s is None"),
         ("recording,start_s,end_s\na,0,2\na,3,3\n", "line 3: a window is 0.0 s"),
         ("recording,start_s,end_s\n,0,2\n", "line 2: no recording"),
+        (
+            "recording,start_s,duration_s,end_s\na,0,6,6\na,0,6,9\n",
+            "line 3: start_s 0 and duration_s 6 end at 6, but end_s is 9",
+        ),
         ("recording,start_s,duration_s\na,0,0.1\n", "line 2: a window of 0.1 s is 6 samples"),
         ("recording,start_s,end_s,window_id\na,0,2,w\na,1,3,w\n", "'w' is there twice"),
     ],

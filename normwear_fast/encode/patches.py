@@ -21,7 +21,7 @@ from normwear_fast.encode.output import PATCHES, SCHEMA_VERSION, OutputFolder
 from normwear_fast.encode.prepare import MISSING, NO_DATA, NOT_FINITE, OK, TOO_LARGE, PreparedUnit
 from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, windows_of
-from normwear_fast.encode.windows import WindowList
+from normwear_fast.encode.windows import WindowList, planned_duration
 from normwear_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ class PatchStore:
             longest = settings.window
         else:
             assert self._windows is not None
-            longest = float(self._windows.recordings[entry.id].durations.max())
+            durations = self._windows.recordings[entry.id].durations.tolist()
+            longest = max(self._planned(duration, entry) for duration in durations)
         return _Layout(
             path=group_path(entry.id),
             shape=(
@@ -153,6 +154,9 @@ class PatchStore:
             ),
             shard=self._shard_windows[recording],
         )
+
+    def _planned(self, duration: float, entry: Surveyed) -> float:
+        return planned_duration(duration, entry.duration, self._settings.max_missing)
 
     def _tokens(self, duration: float) -> int:
         """Of one channel of a window."""
@@ -167,7 +171,7 @@ class PatchStore:
         group = _Group(layout, self._attributes())
         windows = list(windows_of(entry.id, entry.duration, self._settings, self._windows))
         everything = slice(0, len(windows))
-        tokens = [self._tokens(window.duration) for window in windows]
+        tokens = [self._tokens(self._planned(window.duration, entry)) for window in windows]
         files = {
             **group.chunks("channel", slice(0, len(entry.channels)), _text(entry.channels)),
             **group.chunks("window_id", everything, _text([window.id for window in windows])),

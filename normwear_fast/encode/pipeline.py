@@ -41,7 +41,7 @@ from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
 from normwear_fast.encode.units import Unit, group_jobs, plan_units
-from normwear_fast.encode.windows import Tiling, WindowList
+from normwear_fast.encode.windows import Tiling, WindowList, planned_duration
 from normwear_fast.errors import NormWearError, OutputError, UsageError
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.recordings import find_recordings
@@ -249,7 +249,8 @@ def plan_run(
 
     def listed(i: int, j: int) -> int:
         assert windows is not None
-        return tokens_of(i, float(windows.recordings[inputs[i].id].durations[j]))
+        listed = float(windows.recordings[inputs[i].id].durations[j])
+        return tokens_of(i, planned_duration(listed, inputs[i].duration, settings.max_missing))
 
     counts = [entry.windows for entry in inputs]
     units = plan_units(counts, each, settings.unit_tokens, listed)

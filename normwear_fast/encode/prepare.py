@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,6 +19,7 @@ from normwear_fast.encode.windows import (
     Extractor,
     RawChannel,
     Window,
+    lacks_too_much,
     select_channels,
 )
 from normwear_fast.errors import InputError, NormWearError, RecordingError
@@ -226,7 +227,8 @@ class _Opened:
         """Adds these windows' rows and data to the unit."""
         started = time.perf_counter()
         read_before = self.extractor.read_seconds
-        for window, raw in zip(windows, self.extractor.extract(windows), strict=True):
+        taken = [self._within(window) for window in windows]
+        for window, raw in zip(windows, self.extractor.extract(taken), strict=True):
             self._add(unit, window, raw)
             self.watch.alive()
         if self.statistics is not None:
@@ -236,17 +238,30 @@ class _Opened:
         unit.prepare_seconds += time.perf_counter() - started - read
         self.opening_seconds = 0.0
 
+    def _within(self, window: Window) -> Window:
+        """A window, or what of one that lacks too much lies in the recording: the rest is not there."""
+        whole = self.recording.duration
+        if not lacks_too_much(window.duration, whole, self.settings.max_missing):
+            return window
+        start, stop = max(window.start, -1.0), min(window.start + window.duration, whole + 1)
+        return replace(window, start=start, duration=max(stop - start, 0.0))
+
     def _add(self, unit: PreparedUnit, window: Window, raw: list[RawChannel]) -> None:
         row = Row(self.source.id, window, self.source.channels, OK, 0.0)
         unit.rows.append(row)
-        fractions = [
-            np.count_nonzero(~np.isfinite(channel.samples)) / len(channel.samples)
-            if len(channel.samples)
-            else 1.0
-            for channel in raw
-        ]
+        lacking = lacks_too_much(
+            window.duration, self.recording.duration, self.settings.max_missing
+        )
+        fractions = []
+        for channel in raw:
+            absent = np.count_nonzero(~np.isfinite(channel.samples))
+            if lacking:
+                there = len(channel.samples) - absent
+                fractions.append(max(0.0, 1 - there / (window.duration * channel.rate)))
+            else:
+                fractions.append(absent / len(channel.samples) if len(channel.samples) else 1.0)
         row.missing_fraction = max(fractions)
-        if row.missing_fraction > self.settings.max_missing:
+        if lacking or row.missing_fraction > self.settings.max_missing:
             row.status = MISSING
             return
         if row.missing_fraction == 1:

@@ -117,10 +117,10 @@ def _files(path: Path) -> list[Path]:
 def windows_of(
     recording: str, duration: float, settings: EncodeSettings, windows: WindowList | None
 ) -> Sequence[Window]:
-    """The windows of one recording.
+    """The windows of one recording; listed ones may lie outside it, and lack what is not there.
 
     Raises:
-        RecordingError: a window is longer than the recording, or that is longer than any can be.
+        RecordingError: it is shorter than a window of a tiling, or longer than any can be.
     """
     if not duration < LONGEST:
         raise RecordingError(
@@ -135,14 +135,7 @@ def windows_of(
                 f"lasts {_seconds(duration)} s, less than a window of {settings.window:g} s"
             )
         return tiling
-    listed = windows.recordings[recording]
-    longest = int(listed.durations.argmax())
-    if listed.durations[longest] > duration + 1e-6:
-        raise RecordingError(
-            f"lasts {_seconds(duration)} s, less than window {listed.ids[longest]} of "
-            f"{listed.durations[longest]:g} s"
-        )
-    return listed
+    return windows.recordings[recording]
 
 
 def _seconds(duration: float) -> str:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast._native import gather_windows
+from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.encode.settings import check_duration
 from normwear_fast.errors import RecordingError, UsageError, reading
 from normwear_fast.recordings.base import Channel, Recording, first_sample
@@ -36,6 +37,21 @@ class Window:
     id: str
     start: float
     duration: float
+
+
+def lacks_too_much(duration: float, recording: float, max_missing: float) -> bool:
+    """Whether a window is so much longer than its recording (s) that it lacks more than it may.
+
+    One a thousand times as long always does: its samples need not fit into memory to be counted.
+    """
+    return duration * (1 - min(max_missing, 0.999)) > recording + EDGE
+
+
+def planned_duration(duration: float, recording: float, max_missing: float) -> float:
+    """Seconds of a window that can come to tokens: of one that lacks too much, the recording's."""
+    if not lacks_too_much(duration, recording, max_missing):
+        return duration
+    return min(duration, max(recording, MIN_SAMPLES / SAMPLING_RATE))
 
 
 class Tiling(Sequence[Window]):
@@ -107,8 +123,9 @@ def read_window_list(path: str | Path) -> WindowList:
     """Reads a list of windows.
 
     Args:
-        path: CSV or Parquet with columns ``recording``, ``start_s``, ``duration_s`` or ``end_s``, and
-            optionally ``window_id``; without it a window's id is its row's number, from 0.
+        path: CSV or Parquet with columns ``recording``, ``start_s``, ``duration_s`` or ``end_s`` (both
+            must agree to a millisecond), and optionally ``window_id``; without it a window's id is
+            its row's number, from 0.
 
     Raises:
         UsageError: no such file, a missing column, or a row that cannot be a window (named).
@@ -127,11 +144,7 @@ def read_window_list(path: str | Path) -> WindowList:
         if not recording:
             raise UsageError(f"{where}: no recording is named")
         start = _seconds(row.get("start_s"), "start_s", where)
-        if "duration_s" in row:
-            duration = _seconds(row["duration_s"], "duration_s", where)
-        else:
-            duration = _seconds(row.get("end_s"), "end_s", where) - start
-            duration = round(duration, 9)  # 12.6 - 6.6 is 5.999999999999999
+        duration = duration_of(row, start, where)
         check_duration(duration, f"{where}: a window")
         window_id = _text(row["window_id"]) if "window_id" in row else str(number)
         if not window_id or (recording, window_id) in seen:
@@ -213,6 +226,28 @@ def _parquet_rows(
             for row in batch.to_pylist():
                 yield f"{path}, row {number}", row
                 number += 1
+
+
+def duration_of(row: Mapping[str, Any], start: float, where: str) -> float:
+    """What a row of a list says with ``duration_s``, ``end_s`` or, alike, with both.
+
+    Raises:
+        UsageError: it says neither, or one that contradicts the other.
+    """
+    duration = None
+    if _text(row.get("duration_s")) or "end_s" not in row:
+        duration = _seconds(row.get("duration_s"), "duration_s", where)
+        if not _text(row.get("end_s")):
+            return duration
+    end = _seconds(row.get("end_s"), "end_s", where)
+    if duration is None:
+        return round(end - start, 9)  # 12.6 - 6.6 is 5.999999999999999
+    if abs(start + duration - end) > 1e-3:
+        raise UsageError(
+            f"{where}: start_s {start:g} and duration_s {duration:g} end at {start + duration:g}, but "
+            f"end_s is {end:g}; leave one of them out"
+        )
+    return duration
 
 
 def _text(value: Any) -> str:

@@ -26,6 +26,7 @@ from normwear_fast.encode.windows import (
     WindowList,
     _seconds,
     _text,
+    duration_of,
     table_rows,
 )
 from normwear_fast.errors import InputError, UsageError, within
@@ -558,10 +559,7 @@ def read_labels(
 
 def _stretch(row: dict[str, Any], where: str) -> tuple[float, float]:
     start = _seconds(row.get("start_s"), "start_s", where)
-    if "duration_s" in row:
-        duration = _seconds(row["duration_s"], "duration_s", where)
-    else:
-        duration = round(_seconds(row.get("end_s"), "end_s", where) - start, 9)
+    duration = duration_of(row, start, where)
     check_duration(duration, f"{where}: a stretch")
     return start, duration
 
