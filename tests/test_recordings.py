@@ -569,8 +569,78 @@ def test_csv_clock_in_whole_seconds_is_even(tmp_path: Path) -> None:
     times = [f"2024-05-31 10:{i // 64 // 60:02d}:{i // 64 % 60:02d}" for i in range(64 * 90)]
     path, values = _even(tmp_path / "r.csv", times, "datetime,ecg")
     recording, (data,) = opened(path)
-    assert recording.channels[0].sampling_rate == pytest.approx(64, rel=0.012)
+    assert recording.channels[0].sampling_rate == 64
     np.testing.assert_array_equal(data, values)
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.37])
+@pytest.mark.parametrize("rounds", [np.floor, np.rint])
+@pytest.mark.parametrize(("rate", "tick"), [(100, 1.0), (100, 0.1), (1000, 0.1), (64, 5.0)])
+def test_csv_rate_of_a_coarse_clock(
+    tmp_path: Path, rate: int, tick: float, rounds: Any, phase: float
+) -> None:
+    times = rounds((np.arange(rate * 15) / rate + phase) / tick) * tick
+    path, values = _even(tmp_path / "r.csv", [f"{t:.1f}" for t in times])
+    recording, (data,) = opened(path)
+    assert recording.channels[0].sampling_rate == rate
+    np.testing.assert_array_equal(data, values)
+    assert any(f"written to {tick:g} s" in note for note in recording.notes)
+    assert opened(path, rate * 1.005)[0].channels[0].sampling_rate == rate * 1.005
+    refused(path, "contradicts", rate=rate * 1.2)
+
+
+def test_csv_gap_of_a_coarse_clock(tmp_path: Path) -> None:
+    times = np.arange(3000) // 100
+    times[1500:] += 7
+    path, values = _even(tmp_path / "r.csv", times)
+    with open_recording(path) as recording:
+        assert recording.channels[0].sampling_rate == 100.0
+        assert any("1 gaps" in note for note in recording.notes)
+        expected = np.concatenate([values[:1500], np.full(700, np.nan), values[1500:]])
+        for seconds in (0.1, 7.0, 1e6):
+            np.testing.assert_allclose(read(recording, seconds)[0], expected)
+    path, _ = _even(tmp_path / "r.csv", np.arange(150) // 100)
+    refused(path, "change once in 150 rows", "--rate")
+    assert opened(path, 100.0)[0].channels[0].samples == 150
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0.5, 2.0), (1 / 3, 3.0), (0.25, 4.0), (15.625, 64.0), (1.953125, 512.0), (15625, 64.0)],
+)
+def test_csv_unit_of_a_time(tmp_path: Path, step: float, rate: float) -> None:
+    path, values = _even(tmp_path / "r.csv", [f"{i * step:.9g}" for i in range(300)], "time,ecg")
+    recording, (data,) = opened(path)
+    assert recording.channels[0].sampling_rate == pytest.approx(rate, rel=1e-6)
+    np.testing.assert_array_equal(data, values)
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "rates"),
+    [
+        (2, ["s (0.5 Hz) or ms (500 Hz)", "time_s or time_ms"], [0.5, 500.0]),
+        (10, ["s (0.1 Hz) or ms (100 Hz)"], [0.1, 100.0]),
+        (2.5, ["s (0.4 Hz) or ms (400 Hz)"], [0.4, 400.0]),
+        (1000, ["ms (1 Hz) or us (1000 Hz)", "time_ms or time_us"], [1.0, 1000.0]),
+    ],
+)
+def test_csv_time_of_which_nothing_tells_the_unit(
+    tmp_path: Path, step: float, words: list[str], rates: list[float]
+) -> None:
+    times = [f"{i * step:g}" for i in range(300)]
+    path, _ = _even(tmp_path / "r.csv", times, "time,ecg")
+    refused(path, f"step by {step:g}", *words, "--rate")
+    for rate in rates:
+        assert opened(path, rate)[0].channels[0].sampling_rate == rate
+    path, _ = _even(tmp_path / "r.csv", times, "time_s,ecg")
+    assert opened(path)[0].channels[0].sampling_rate == pytest.approx(1 / step)
+
+
+def test_csv_even_clock_rounded_to_the_millisecond_without_a_unit(tmp_path: Path) -> None:
+    for rate in (64, 128, 400):
+        times = np.rint(np.arange(400) * 1000 / rate).astype(int)
+        path, _ = _even(tmp_path / "r.csv", times, "time,ecg")
+        assert opened(path)[0].channels[0].sampling_rate == rate
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,9 @@ def choose_clock(
 
 
 _PLAUSIBLE_HZ = 4.0
+_SLOWEST = 60.0  # s; a signal with fewer samples would not be one
+SHARED = 1.9
+"""Rows to a time, from which on a clock's resolution is coarser than its rows."""
 
 
 def wall_clock(seconds: float) -> bool:
@@ -159,44 +162,91 @@ def wall_clock(seconds: float) -> bool:
 
 
 def infer_unit(
-    path: Path, column: TimeColumn, first: float, interval: float, rate: float | None
+    path: Path, column: TimeColumn, times: NDArray[np.float64], rate: float | None
 ) -> float | None:
     """The unit of a time column in seconds, or None for a column that counts rows.
 
     The title's, or, in this order: wall-clock size (seconds, ms, us or ns since 1970 that fall
     between 2000 and 2100); the user's rate, if one unit gives it; the largest of s, ms, us, ns in
-    which the median interval means at least 4 Hz. Times that step by exactly 1 may be seconds,
-    milliseconds or a row counter: only the user's rate can tell.
+    which the interval means at least 4 Hz, unless it may as well mean a slow signal in the unit
+    above: 10 may be 10 s or 10 ms. Times that step by exactly 1 may be seconds, milliseconds or a
+    row counter. Then only the user's rate can tell.
 
     Args:
         path: for the error.
         column: its title, and the title's unit.
-        first: first time, in the column's unit.
-        interval: median interval between times, in the column's unit.
+        times: the first of them, in the column's unit; they move.
         rate: the user's --rate.
 
     Raises:
-        RecordingError: times step by 1, and nothing tells what that is.
+        RecordingError: nothing tells which of two units it is.
     """
     if column.seconds is not None:
         return column.seconds
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
-        if wall_clock(first * unit):
+        if wall_clock(float(times[0]) * unit):
             return unit
-    if interval == 1:
+    steps = np.diff(times)
+    moved = np.abs(steps[steps != 0])
+    interval = float(np.median(moved))
+    shared = steps.size / moved.size  # rows to a time
+    coarse = shared >= SHARED
+    title = repr(column.title)
+    if interval == 1 and not coarse:
         if rate is None:
             raise RecordingError(
-                f"{path}: times in column {column.title!r} step by 1: seconds, ms or a row counter? "
+                f"{path}: times in column {title} step by 1: seconds, ms or a row counter? "
                 f"pass --rate, or name the column time_s or time_ms"
             )
         return None
+    step = interval / shared if coarse else interval
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
-        if rate is not None and abs(1 / (interval * unit) / rate - 1) <= 0.01:
+        if rate is not None and abs(1 / (step * unit) / rate - 1) <= (0.25 if coarse else 0.01):
             return unit
-    for unit in (1.0, 1e-3, 1e-6):
-        if 1 / (interval * unit) >= _PLAUSIBLE_HZ:
+    names = {1.0: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
+    for unit, finer in ((1.0, 1e-3), (1e-3, 1e-6), (1e-6, 1e-9)):
+        period = step * unit
+        if 1 / period >= _PLAUSIBLE_HZ or (unit == 1 and interval < 1):  # no clock counts 0.5 ms
             return unit
+        if coarse or _slow(period, moved / interval):
+            raise RecordingError(
+                f"{path}: times in column {title} step by {interval:g}: "
+                f"{names[unit]} ({1 / period:.4g} Hz) or {names[finer]} ({1e3 / period:.4g} Hz)? "
+                f"pass --rate, or name the column time_{names[unit]} or time_{names[finer]}"
+            )
     return 1e-9
+
+
+def _slow(period: float, moved: NDArray[np.float64]) -> bool:
+    """Whether a slow signal may have this period (s), above 0.25.
+
+    A whole number of seconds up to a minute, half ones below 4, a whole rate below 1; below 4 also
+    any that varies. Not 15.625 s, which is 64 Hz in ms, nor whole steps that vary as those of
+    an even clock do that is rounded to them.
+
+    Args:
+        period: s.
+        moved: the steps, in their median.
+    """
+    if period > _SLOWEST * 1.01:
+        return False
+    kinds = np.unique(moved.round(9))
+    if kinds.size == 2 and moved.size >= 20:
+        stray = np.ptp(np.cumsum(moved - moved.mean()))
+        often = float(np.mean(moved < moved.mean()))
+        if stray <= 1.5 * (kinds[1] - kinds[0]) and 0.05 <= often <= 0.95:
+            return False
+    low, high = np.percentile(moved, [5, 95])
+    if period < 4 and high - low > 0.01:
+        return True
+    if period < 1:
+        return bool(
+            abs(1000 * period - round(1000 * period)) <= 0.01
+            or abs(1 / period - round(1 / period)) <= 0.01
+        )
+    near = (0.01 if period < 4 else 0.002) * period
+    halves = 2 if period < 4 else 1
+    return abs(halves * period - round(halves * period)) <= halves * near
 
 
 class Intervals:
@@ -210,6 +260,9 @@ class Intervals:
         self._held = 0
         self._seen = 0
         self._stride = 1
+
+    def __bool__(self) -> bool:
+        return self._held > 0
 
     def add(self, intervals: NDArray[np.int64]) -> None:
         skip = -self._seen % self._stride
@@ -234,12 +287,38 @@ class Clock:
         sampling_rate: Hz.
         samples: on the uniform axis.
         gap: ns; a longer interval is a gap, not interpolated across.
+        tick: ns that rows sharing a time are spread over; 0 where each has a time of its own.
     """
 
     even: bool
     sampling_rate: float
     samples: int
     gap: float = np.inf
+    tick: float = 0.0
+
+
+class Spread:
+    """Rows that share a time, put a period apart after it, within the clock's tick."""
+
+    def __init__(self, period: float, tick: float) -> None:
+        self._period, self._tick = period, tick
+        self._last: int | None = None
+        self._count = 0  # rows so far at the last time
+
+    def __call__(self, times: Nanoseconds) -> Nanoseconds:
+        """The next times (ns), spread; they never go back."""
+        if not times.size or not self._tick:
+            return times
+        fresh = np.diff(times, prepend=times[0] - 1 if self._last is None else self._last) > 0
+        place = np.arange(times.size)
+        start = np.maximum.accumulate(np.where(fresh, place, -1))
+        within = np.where(start >= 0, place - start, self._count + place)
+        self._last, self._count = int(times[-1]), int(within[-1]) + 1
+        end = self._tick - self._period / 2
+        later = within * self._period
+        # rows that are too many for the tick follow a nanosecond apart
+        offset = np.where(later <= end, later, end + within)
+        return times + np.rint(offset).astype(np.int64)
 
 
 def resample(

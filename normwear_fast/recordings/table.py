@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, rechunk
 from normwear_fast.recordings.clock import (
+    SHARED,
     Clock,
     Intervals,
+    Spread,
     TimeColumn,
     infer_unit,
     resample,
@@ -85,11 +87,9 @@ class TableRecording(Recording):
             head.append(times)
             if self._unit is None:
                 together = np.concatenate(head)
-                steps = np.diff(together)
-                steps = steps[steps != 0]
-                if not steps.size:
+                if (together == together[0]).all():
                     continue
-                self._set_unit(float(together[0]), abs(float(np.median(steps))), given)
+                self._set_unit(together, given)
             for part in head:
                 yield self._relative(part)
             head = []
@@ -97,10 +97,11 @@ class TableRecording(Recording):
     _unit: float | None = None  # seconds
     _origin: Any = None  # first time, as stored
 
-    def _set_unit(self, first: float, interval: float, given: float | None) -> None:
+    def _set_unit(self, times: NDArray[Any], given: float | None) -> None:
         assert self._time is not None
         title = repr(self._time.title)
-        unit = infer_unit(self.path, self._time, first, interval, given)
+        first = float(times[0])
+        unit = infer_unit(self.path, self._time, times.astype(np.float64), given)
         if unit is None:
             assert given is not None
             self._unit = 1 / given
@@ -129,8 +130,9 @@ class TableRecording(Recording):
         return np.rint(seconds * 1e9).astype(np.int64)
 
     def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
-        intervals = Intervals()
+        intervals, runs = Intervals(), Intervals()  # runs: rows of times that begin and end
         rows, repeated, quantum = 0, 0, 0
+        start = -1  # row of the last time's first; not of the first time, which may be cut off
         smallest, largest = np.iinfo(np.int64).max, 0
         last = None
         for times in self._nanoseconds(True, given):
@@ -144,6 +146,10 @@ class TableRecording(Recording):
                     f"{column.title!r} goes back by {-steps[bad] / 1e9:g} s; sort the rows, "
                     f"or split the file there"
                 )
+            starts = rows + np.flatnonzero(steps > 0)
+            if starts.size:
+                runs.add(np.diff(starts) if start < 0 else np.diff(starts, prepend=start))
+                start = int(starts[-1])
             steps = steps[1:] if last is None else steps
             moved = steps[steps > 0]
             intervals.add(moved)
@@ -164,10 +170,16 @@ class TableRecording(Recording):
 
         mean = last / (rows - 1)
         low, median, high = intervals.percentiles(5, 50, 95)
+        if rows / (rows - repeated) >= SHARED:
+            low_run, run, high_run = runs.percentiles(5, 50, 95) if runs else (1.0, 1.0, 1.0)
+            if high_run - low_run <= max(1.0, run / 2):
+                return self._coarse_clock(
+                    column, given, rows, last, median, high, high_run - low_run
+                )
         gap = _GAP * median
         gaps, missing, stray = 0, 0.0, 0.0
         if smallest != largest:
-            gaps, missing, stray = self._strays(mean, gap, median)
+            gaps, missing, stray, _ = self._strays(mean, gap, median)
         # Even: rows stray from a straight line by less than a tenth of a sample either way, or as
         # a clock that is only written to its own resolution does. But a clock whose resolution is
         # its interval and which hardly misses a beat has lost samples.
@@ -179,11 +191,7 @@ class TableRecording(Recording):
 
         rate = 1e9 / median
         samples = int(last / median + 1e-6) + 1
-        if samples > max(10_000_000, 1000 * rows):
-            raise RecordingError(
-                f"{self.path}: {rows} rows at {rate:g} Hz span {last / 8.64e13:.1f} days: "
-                f"almost all of it is a gap; split the file at its gaps"
-            )
+        self._check_length(samples, rows, rate, last)
         self.notes += (
             f"uneven clock: resampled to its median rate {rate:g} Hz (intervals {low / 1e6:g} to "
             f"{high / 1e6:g} ms from 5 to 95 %, median {median / 1e6:g} ms)",
@@ -193,20 +201,111 @@ class TableRecording(Recording):
                 f"{repeated} of {rows} rows repeat the time before them and are dropped; "
                 f"all rows together make {1e9 / mean:g} Hz",
             )
+        self._note_gaps(gaps, gap, missing)
+        return Clock(False, rate, samples, gap)
+
+    def _check_length(self, samples: int, rows: int, rate: float, last: int) -> None:
+        if samples > max(10_000_000, 1000 * rows):
+            raise RecordingError(
+                f"{self.path}: {rows} rows at {rate:g} Hz span {last / 8.64e13:.1f} days: "
+                f"almost all of it is a gap; split the file at its gaps"
+            )
+
+    def _note_gaps(self, gaps: int, gap: float, missing: float) -> None:
         if gaps:
             self.notes += (
                 f"{gaps} gaps longer than {gap / 1e6:g} ms, {missing / 1e9:.3g} s in all, "
                 f"are missing samples",
             )
-        return Clock(False, rate, samples, gap)
 
-    def _strays(self, mean: float, gap: float, median: float) -> tuple[int, float, float]:
-        """Second look at the times: gaps, ns missing in them, and how far rows stray from a
-        straight line (ns from the earliest to the latest)."""
+    def _coarse_clock(
+        self,
+        column: TimeColumn,
+        given: float | None,
+        rows: int,
+        last: int,
+        tick: float,
+        longest: float,
+        spread: float,
+    ) -> Clock:
+        """A clock of which many rows share each time.
+
+        The rate is that of the ticks between the first and the last, which may be cut off.
+
+        Args:
+            column: the time column.
+            given: the user's --rate.
+            rows: of the table.
+            last: ns, of the last row.
+            tick: ns between times, the median.
+            longest: ns, of 95 % of the ticks.
+            spread: rows by which 90 % of the ticks differ.
+        """
+        count, span = self._full_ticks(1.5 * tick if longest <= 1.5 * tick else _GAP * tick)
+        # the first and the last row of the ticks are each known to a row, all others count
+        uncertain = 2 * max(1.0, spread) / count if count else tick / (last + tick)
+        rate = 1e9 * count / span if count else 1e9 * rows / (last + tick)
+        whole = float(round(rate))
+        if whole and abs(whole / rate - 1) <= uncertain:
+            rate = whole
+        source = (
+            f"{rate:g} Hz, give or take {100 * uncertain:.2g} %, from the rows that share a time"
+        )
+        if given is not None and abs(given / rate - 1) <= max(0.01, uncertain):
+            rate, source = given, "--rate is its rate"
+        elif not count:
+            raise RecordingError(
+                f"{self.path}: times in column {column.title!r} are written to {tick / 1e9:g} s and "
+                f"change once in {rows} rows: no rate; pass --rate HZ"
+            )
+        self.notes += (
+            f"times in column {column.title!r} are written to {tick / 1e9:g} s: {source}",
+        )
+
+        period = 1e9 / rate
+        gap = tick / 2 + _GAP * period
+        _, _, stray, _ = self._strays(period, np.inf, period)
+        if stray <= 1.5 * tick:
+            return Clock(True, rate, rows)
+        gaps, missing, _, end = self._strays(period, gap, period, tick)
+        samples = int(end / period + 1e-6) + 1
+        self._check_length(samples, rows, rate, last)
+        self.notes += (f"uneven clock: resampled to {rate:g} Hz",)
+        self._note_gaps(gaps, gap, missing)
+        return Clock(False, rate, samples, gap, tick)
+
+    def _full_ticks(self, longest: float) -> tuple[int, int]:
+        """Rows and ns of the ticks that begin and end in the table and are no longer than this."""
+        count, span, row = 0, 0, 0
+        start: tuple[int, int] | None = None  # row and time
+        last: int | None = None
+        for times in self._nanoseconds(False, None):
+            if not times.size:
+                continue
+            moved = np.flatnonzero(np.diff(times, prepend=times[0] if last is None else last))
+            rows, at = row + moved, times[moved]
+            if start is not None:
+                rows, at = np.insert(rows, 0, start[0]), np.insert(at, 0, start[1])
+            if rows.size:
+                start = int(rows[-1]), int(at[-1])
+            steps = np.diff(at)
+            full = steps <= longest
+            count += int(np.diff(rows)[full].sum())
+            span += int(steps[full].sum())
+            row += times.size
+            last = int(times[-1])
+        return count, span
+
+    def _strays(
+        self, mean: float, gap: float, median: float, tick: float = 0.0
+    ) -> tuple[int, float, float, int]:
+        """Second look at the times: gaps, ns missing in them, how far rows stray from a straight
+        line (ns from the earliest to the latest), and the last time."""
+        spread = Spread(mean, tick)
         rows, gaps, missing = 0, 0, 0.0
         early, late = 0.0, 0.0
         last = 0
-        for times in self._nanoseconds(False, None):
+        for times in map(spread, self._nanoseconds(False, None)):
             if not times.size:
                 continue
             steps = np.diff(times, prepend=last)
@@ -217,7 +316,7 @@ class TableRecording(Recording):
             early, late = min(early, float(off.min())), max(late, float(off.max()))
             rows += times.size
             last = int(times[-1])
-        return gaps, missing, late - early
+        return gaps, missing, late - early, last
 
     @staticmethod
     def _round_rate(rate: float, rows: int, last: int, quantum: int) -> float:
@@ -242,8 +341,10 @@ class TableRecording(Recording):
         point = 0
         times = np.empty(0, dtype=np.int64)
         values = np.empty((len(channels), 0))
+        spread = Spread(period, self._clock.tick)
         for raw, columns in self._rows(channels, time=True):
-            times = np.concatenate([times, self._relative(raw)])
+            times = np.concatenate([times, spread(self._relative(raw))])
+            times = np.maximum.accumulate(times)  # ticks may be shorter than their rows
             values = np.concatenate([values, np.stack(columns)], axis=1)
             fresh = np.diff(times, prepend=-1) > 0
             times, values = times[fresh], values[:, fresh]
