@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.config import SAMPLING_RATE
-from normwear_fast.errors import InputError, OutputError, UsageError, one_line
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -558,11 +559,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"{path}: pictures are .png or .svg")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_encode(figure, path.suffix[1:]))
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
+    content = _encode(figure, path.suffix[1:])
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 
@@ -628,11 +627,8 @@ def html_report(
             )
     page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -7,9 +7,7 @@ time, and of the embeddings at most `MAP_POINTS` are kept.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +24,7 @@ from normwear_fast.encode.manifest import STAGES, Tally
 from normwear_fast.encode.output import MANIFEST, OutputFolder, check_columns
 from normwear_fast.encode.prepare import OK
 from normwear_fast.errors import NormWearError, OutputError, UsageError, one_line, reading
+from normwear_fast.files import replacing
 from normwear_fast.report_pictures import bars, image, line, scatter, strip
 
 if TYPE_CHECKING:
@@ -684,20 +683,19 @@ def write_report(
     """Writes `build_report` to a file, ``report.html`` in the folder by default; returns its path.
 
     Raises:
-        OutputError: it cannot be written; and as `build_report`.
+        OutputError: it cannot be written, or is there and no page; and as `build_report`.
     """
-    page = build_report(folder, recording=recording, window_id=window_id)
     target = Path(path) if path is not None else Path(folder) / "report.html"
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        try:
-            temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {one_line(error)}") from None
+    if target.suffix.lower() not in (".html", ".htm") and (
+        target.exists() or (target.parent / MANIFEST).exists()
+    ):
+        what = "exists" if target.exists() else "lies in an output"
+        raise OutputError(f"{target}: {what} and is no .html; a report replaces nothing but a page")
+    if path is not None and not target.parent.is_dir():
+        raise OutputError(f"{target}: cannot be written: there is no folder {target.parent}")
+    page = build_report(folder, recording=recording, window_id=window_id)
+    with replacing(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return target
 
 

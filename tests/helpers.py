@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +16,18 @@ from torch import Tensor
 
 from normwear_fast.config import NormWearConfig
 from normwear_fast.reference import ReferenceNormWear
+
+
+@contextmanager
+def full_disk(size: int = 0) -> Iterator[None]:
+    """Refuses, with an OSError, to make any file longer than ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 ENCODER_GOLDENS = tuple(sorted(path.stem for path in GOLDEN.glob("encoder_*.npz")))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import full_disk
 
 from normwear_fast import FastNormWear, NormWearConfig, __version__, load_embeddings
 from normwear_fast.cli import encode as encode_command
@@ -188,8 +189,15 @@ def test_convert(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert report["names"] == len(state)
     again = FastNormWear.from_pretrained(tmp_path / "new").state_dict()
     assert all(torch.equal(again[name], value) for name, value in state.items())
-    assert main(["convert", str(checkpoint), "--output", str(tmp_path / "new")]) == 0
+    again = ["convert", str(checkpoint), "--output", str(tmp_path / "new")]
+    assert main([*again, "--overwrite"]) == 0
     assert report["sha256"] in capsys.readouterr().out
+    assert main(again) == 2
+    assert "new/model.safetensors: exists; choose another folder" in capsys.readouterr().err
+    with full_disk():
+        assert main(["convert", str(checkpoint), "--output", str(tmp_path / "full")]) == 2
+    assert "full: cannot be written (File too large)" in capsys.readouterr().err
+    assert not (tmp_path / "full").exists()
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

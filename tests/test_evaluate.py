@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import full_disk
 from raw_sets import make_ecg_abnormal, make_ppg_bp
 
 from normwear_fast.errors import (
@@ -805,6 +806,18 @@ def test_the_command_lists_and_prepares(capsys, tmp_path):
 def test_wrong_usage(arguments, message):
     with pytest.raises(NormWearError, match=message):
         command(*arguments)
+
+
+def test_results_that_cannot_be_written(tmp_path, capsys):
+    """Known before any feature is made; and a disk that fills up later leaves nothing by halves."""
+    output = tmp_path / "out"
+    arguments = (str(BASIC_MOTIONS), "--baseline", "statistics", "--resamples", "0", "--no-cache")
+    with full_disk(), pytest.raises(OutputError, match=r"out: cannot be written"):
+        command("nowhere", *arguments[1:], "--output", str(output))
+    assert not output.exists()
+    with full_disk(50), pytest.raises(OutputError, match=r"results\.json: cannot be written"):
+        command(*arguments, "--output", str(output))
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 def test_a_report_of_several_sets_and_models(tmp_path):

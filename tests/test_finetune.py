@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import full_disk
 from numpy.typing import NDArray
 
 from normwear_fast.cli.main import main
@@ -774,12 +775,27 @@ def test_a_folder_appears_whole_or_not_at_all(
     Predictor.from_pretrained(output)
     found.save_pretrained(output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (output / "notes.txt").write_text("mine")
+    found.save_pretrained(output, overwrite=True)
+    assert (output / "notes.txt").read_text() == "mine"
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.txt").write_text("years")
     with pytest.raises(OutputError, match="is no fine-tuned model"):
         found.save_pretrained(foreign, overwrite=True)
     assert (foreign / "chapter.txt").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And predict's before it predicts: neither the recordings nor the model named are there."""
+    with full_disk():
+        assert (
+            main(["finetune", "nowhere", "--weights", "none", "--output", str(tmp_path / "m")]) == 2
+        )
+    assert "m: cannot be written (File too large)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

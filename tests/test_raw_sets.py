@@ -234,6 +234,13 @@ def test_an_existing_output_is_kept(raw_tree, tmp_path):
     assert (tmp_path / "out" / "train_test_split.json").read_text() == before
     prepare("ecg-abnormal", raw_tree, tmp_path / "out", overwrite=True, seed=1)
     assert (tmp_path / "out" / "train_test_split.json").read_text() != before
+    # The raw set itself, or a folder with somebody's notes, is not deleted.
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for folder in (raw_tree, tmp_path / "out"):
+        files = sorted(folder.rglob("*"))
+        with pytest.raises(OutputError, match="will not be overwritten"):
+            prepare("ecg-abnormal", raw_tree, folder, overwrite=True)
+        assert sorted(folder.rglob("*")) == files
 
 
 def test_a_workbook_that_is_a_trap(tmp_path):

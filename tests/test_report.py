@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import find_browser, open_browser
+from helpers import full_disk
 
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast.cli.main import main
@@ -163,6 +164,20 @@ def test_mistakes(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(output), "--output", str(tmp_path / "no" / "where.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.tmp"))
+    # Nothing but a page is ever replaced, and nothing else written among an output's parts.
+    for target in (part, copy / "manifest.json", copy / "new.txt"):
+        before = target.read_bytes() if target.exists() else None
+        assert main(["report", str(output), "--output", str(target)]) == 2
+        assert "a report replaces nothing but a page" in capsys.readouterr().err
+        assert (target.read_bytes() if target.exists() else None) == before
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert main(["report", str(output), "--output", str(page)]) == 0
+    before = page.read_bytes()
+    with full_disk(1000):
+        assert main(["report", str(output), "--output", str(page)]) == 2
+    assert page.read_bytes() == before
+    assert not list(tmp_path.glob(".page*"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import golden, recipe_state_dict
+from helpers import full_disk, golden, recipe_state_dict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -862,6 +863,55 @@ def test_commands_train_then_ask(
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["p1: yes", "p2: no"]
     assert len(lines) == 3 + 3
+
+
+def test_nothing_is_replaced_without_being_asked(
+    workshop: Path, trained: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious.parquet"
+    precious.write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"precious.parquet: exists; choose another"):
+        ask(workshop, trained, workshop / "recordings", "--output", precious)
+    assert precious.read_bytes() == b"mine"
+    assert ask(workshop, trained, workshop / "recordings", "--output", precious, "--overwrite") == 0
+    assert precious.read_bytes()[:4] == b"PAR1"
+    picture = tmp_path / "why.png"
+    picture.write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"why.png: exists"):
+        ask(workshop, trained, workshop / "recordings", "--picture", picture)
+    before = (trained / "fusion.safetensors").read_bytes()
+    words = (
+        workshop / "labelled.npz", "--wording", workshop / "wording.json", "--task", "motion",
+        "--weights", workshop / "encoder", "--text", tiny_llama, "--epochs", 1, "--seed", 3,
+    )  # fmt: skip
+    with pytest.raises(OutputError, match=r"fusion.safetensors: exists"):
+        command("zeroshot_train", *words, "--output", trained)
+    assert (trained / "fusion.safetensors").read_bytes() == before
+    twice = tmp_path / "fusion"
+    shutil.copytree(trained, twice)
+    assert command("zeroshot_train", *words, "--output", twice, "--overwrite") == 0
+    assert (twice / "fusion.safetensors").read_bytes() != before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    workshop: Path, trained: Path, tiny_llama: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows, picture = tmp_path / "z.parquet", tmp_path / "z.png"
+    with full_disk(10), pytest.raises(OutputError, match=r"z\.parquet: cannot be written"):
+        ask(workshop, trained, workshop / "recordings", "--output", rows, "--picture", picture)
+    assert list(tmp_path.iterdir()) == []
+    # A picture that cannot be written does not cost the rows.
+    with full_disk(12_000), pytest.raises(OutputError, match=r"z\.png: cannot be written"):
+        ask(workshop, trained, workshop / "recordings", "--output", rows, "--picture", picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["z.parquet"]
+    for size, message in ((0, "fusion: cannot be written"), (1000, r"tokens\.float16: cannot be")):
+        with full_disk(size), pytest.raises(OutputError, match=message):
+            command(
+                "zeroshot_train", workshop / "labelled.npz", "--wording", workshop / "wording.json",
+                "--task", "motion", "--weights", workshop / "encoder", "--text", tiny_llama,
+                "--output", tmp_path / "fusion", "--epochs", 1,
+            )  # fmt: skip
+        assert not [path for path in (tmp_path / "fusion").rglob("*") if path.is_file()]
 
 
 def test_a_damaged_recording_is_listed_and_the_rest_done(

@@ -172,12 +172,15 @@ def _probe(args: argparse.Namespace) -> int:
     )
     from normwear_fast.evaluate.run import evaluate, table_rows, write_report
     from normwear_fast.evaluate.samples import load_samples
+    from normwear_fast.files import check_writable
 
     if not args.model and not args.baseline:
         raise UsageError("nothing to probe; give --model, --baseline or both")
     output = Path(args.output) if args.output else None
     if output is not None and output.exists() and not args.overwrite:
         raise OutputError(f"{output}: exists; another --output, or --overwrite, would be right")
+    if output is not None:
+        check_writable(output)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import OutputError, UsageError, one_line
+from normwear_fast.files import check_writable
 
 if TYPE_CHECKING:
     from normwear_fast.encode.prepare import PreparedUnit, Row, Source
@@ -82,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="relevance over the first minute of the first recording, .png or .svg",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of --output and --picture"
+    )
     parser.add_argument("--json", action="store_true", help="results as JSON")
 
 
@@ -132,6 +137,14 @@ def run(args: argparse.Namespace) -> int:
     ):
         if path is not None and Path(path).suffix.lower() not in endings:
             raise UsageError(f"{name} {path}: must end in {' or '.join(endings)}")
+        if (
+            path is not None
+            and os.path.lexists(path)
+            and not (args.overwrite and os.path.isfile(path))
+        ):
+            raise OutputError(f"{path}: exists; choose another file, or --overwrite")
+    for path in filter(None, (args.output, args.picture)):
+        check_writable(Path(path).parent)
     listed = read_window_list(args.windows) if args.windows else None
     found = find_recordings(args.inputs)
     if not found:
@@ -169,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     counts = {"recordings": 0, "windows": 0, "skipped": 0}
     failed: list[dict[str, str]] = []
-    picture = args.picture
+    picture, unwritten = args.picture, None
     try:
         for item in surveyed:
             error = item.error
@@ -189,8 +202,11 @@ def run(args: argparse.Namespace) -> int:
                         writer.write(found_rows)
                     else:
                         rows += found_rows
-                if picture and error is None and task.draw(picture, source):
-                    picture = None
+                if picture and error is None:
+                    try:
+                        picture = None if task.draw(picture, source) else picture
+                    except OutputError as refused:  # the rows are whole without it
+                        picture, unwritten = None, refused
             if error is None:
                 counts["recordings"] += 1
             else:
@@ -204,6 +220,8 @@ def run(args: argparse.Namespace) -> int:
     if picture:
         _say(f"note: no picture {picture}: no recording had a window to draw")
     _report(args, provenance, counts, rows, failed)
+    if unwritten is not None:
+        raise unwritten
     return 1 if failed else 0
 
 
@@ -326,8 +344,10 @@ class _ParquetRows:
     def abandon(self) -> None:
         """Leaves nothing behind of a file that was not finished; nothing to do after one that was."""
         if self._temporary.exists():
-            self._writer.close()
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # it writes once more, to a full disk too
+                self._writer.close()
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
 
 
 def _report(

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from normwear_fast.cli.zeroshot import add_model_arguments, load_model
-from normwear_fast.errors import InputError, UsageError, within
+from normwear_fast.errors import InputError, OutputError, UsageError, within
+from normwear_fast.files import check_writable
 
 HELP = "train the zero-shot fusion module on labelled windows"
 EXAMPLE = """\
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     parser.add_argument("--held-out", type=float, default=default.held_out, metavar="SHARE")
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--overwrite", action="store_true", help="replace a fusion module in DIR")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 
@@ -57,8 +59,14 @@ def run(args: argparse.Namespace) -> int:
         load_wording,
         train_fusion,
     )
+    from normwear_fast.zeroshot.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
     from normwear_fast.zeroshot.training import at_model_rate, read_labelled
 
+    output = Path(args.output)
+    for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
+        if (output / name).exists() and not args.overwrite:
+            raise OutputError(f"{output / name}: exists; choose another folder, or --overwrite")
+    check_writable(output)
     settings = TrainingSettings(
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -88,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             fusion = MSiTF(model.config.embed_dim, text.width)
-    output = Path(args.output)
     report = train_fusion(fusion, model, text, data, wording, settings, output, progress=_say)
     fusion.description["preprocess"] = args.preprocess
     fusion.save_pretrained(output)

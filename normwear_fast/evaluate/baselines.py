@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from normwear_fast.errors import (
     OutputError,
     UsageError,
     WeightsError,
-    one_line,
     reading,
 )
 from normwear_fast.evaluate.samples import SampleSet
+from normwear_fast.files import replacing
 
 if TYPE_CHECKING:
     from normwear_fast.model import FastNormWear
@@ -455,13 +454,10 @@ def _checksum(features: NDArray[np.float32]) -> bytes:
 
 def _write_cache(path: Path, features: NDArray[np.float32]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, features, allow_pickle=False)
             file.write(_checksum(features))
-        os.replace(file.name, path)
-    except OSError as error:
+    except OutputError as error:
         raise OutputError(
-            f"{path.parent}: features cannot be kept there ({one_line(error)}); give --cache a "
-            "folder that can be written, or --no-cache"
+            f"{error}: features cannot be kept there; give --cache another folder, or --no-cache"
         ) from None

@@ -242,7 +242,7 @@ def write_report(evaluation: Evaluation, output: Path) -> list[Path]:
     import re
 
     from normwear_fast import plots
-    from normwear_fast.errors import OutputError, one_line
+    from normwear_fast.files import replacing
 
     figures: list[tuple[str, Any]] = []
     for protocol in dict.fromkeys(row.protocol for row in evaluation.rows):
@@ -277,14 +277,11 @@ def write_report(evaluation: Evaluation, output: Path) -> list[Path]:
     for name, points, groups in evaluation.maps:
         if len(points) >= 3:
             figures.append((f"map, {name}", plots.embedding_map(points, groups)))
-    written = []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / "results.json"
-        path.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
-        written.append(path)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None
+    path = output / "results.json"
+    with replacing(path) as temporary:
+        text = json.dumps(evaluation.to_json(), indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+    written = [path]
     pictures: list[tuple[str, Any]] = []
     for name, figure in figures:
         stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")

@@ -30,6 +30,7 @@ from normwear_fast.encode.settings import EncodeSettings
 from normwear_fast.encode.survey import Surveyed, survey
 from normwear_fast.encode.windows import WindowList
 from normwear_fast.errors import OutputError, UsageError, one_line
+from normwear_fast.files import check_writable
 from normwear_fast.finetune.predictor import Prediction, Predictor, prediction_columns
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output}: exists; choose another file, or --overwrite")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
+    check_writable(output.parent)
 
 
 def _write(

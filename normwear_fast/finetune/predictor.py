@@ -32,12 +32,13 @@ from normwear_fast.encode.prepare import NOT_FINITE, OK
 from normwear_fast.encode.settings import window_samples
 from normwear_fast.errors import InputError, OutputError, UsageError, WeightsError, one_line
 from normwear_fast.evaluate.registry import Task
-from normwear_fast.files import fits, read_json
+from normwear_fast.files import check_writable, fits, read_json
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
 from normwear_fast.inputs import rate_list, window_list
 from normwear_fast.model import FastNormWear
 from normwear_fast.weights import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     _own_storage,
     _read_safetensors,
@@ -53,6 +54,7 @@ DESCRIPTION_FILE = "finetune.json"
 EPOCHS_FILE = "epochs.csv"
 HELD_OUT_FILE = "held_out.parquet"
 FORMAT = "normwear-fast finetune"
+_OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, HEAD_FILE, DESCRIPTION_FILE, EPOCHS_FILE, HELD_OUT_FILE}
 FORMAT_VERSION = 1
 
 _DESCRIPTION = {
@@ -210,7 +212,7 @@ class Predictor:
 
         Args:
             folder: made whole or not at all.
-            overwrite: replace a fine-tuned model that is there.
+            overwrite: replace a fine-tuned model that is there; other files beside it stay.
 
         Raises:
             OutputError: something is there, or the folder cannot be written.
@@ -228,6 +230,10 @@ class Predictor:
                 folder.rename(old)
             new.rename(folder)
             _sync(folder.parent)
+            if old.exists():
+                for path in old.iterdir():
+                    if path.name not in _OWN_FILES:
+                        path.rename(folder / path.name)  # somebody's notes
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             reason = one_line(error)
@@ -364,7 +370,7 @@ def prediction_columns(prediction: Prediction) -> dict[str, Any]:
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """An OutputError unless a model may be written there: before training, not after it."""
     if not folder.exists():
-        return
+        return check_writable(folder)
     if not overwrite:
         raise OutputError(f"{folder}: exists; choose another folder, or --overwrite")
     if not folder.is_dir() or (
@@ -373,6 +379,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"{folder}: is no fine-tuned model, and will not be overwritten; choose a new folder"
         )
+    check_writable(folder.parent)
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

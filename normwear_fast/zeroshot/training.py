@@ -6,7 +6,8 @@ the question. Source: Luo et al. 2026 (arXiv 2412.09758), zero-shot inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
-from normwear_fast.errors import InputError, UsageError, reading
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line, reading
 from normwear_fast.files import read_npz, read_parquet
 from normwear_fast.inputs import prepare, samples_at_model_rate
 from normwear_fast.packing import plan_units
@@ -94,27 +95,40 @@ class TokenStore:
         self.path = path
         self._shapes: list[tuple[int, ...]] = []
         self._starts = [0]
-        self._file = path.open("wb")
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
         self._values: NDArray[np.float16] | None = None
 
     def append(self, tokens: NDArray[np.float32]) -> None:
         """(C, T, E)."""
-        self._file.write(tokens.astype(np.float16).tobytes())
+        with self._writing():
+            self._file.write(tokens.astype(np.float16).tobytes())
         self._shapes.append(tokens.shape)
         self._starts.append(self._starts[-1] + tokens.size)
 
     def __getitem__(self, index: int) -> Tensor:
         """(C, T, E) float32 of a window."""
         if self._values is None:
-            self._file.close()
+            with self._writing():
+                self._file.close()
             self._values = np.memmap(self.path, np.float16, "r")
         values = self._values[self._starts[index] : self._starts[index + 1]]
         return torch.from_numpy(values.astype(np.float32)).view(self._shapes[index])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what a full disk left in its buffer
+            self._file.close()
         self._values = None
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,6 @@ def train_fusion(
     rows = {sentence: row for row, sentence in enumerate(sentences)}
     fusion.to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    scratch.mkdir(parents=True, exist_ok=True)
     store = TokenStore(scratch / "tokens.float16")
     try:
         _encode(model, data, store, progress)

@@ -28,6 +28,7 @@ from normwear_fast.evaluate.samples import PARQUET_TASKS, SAMPLE_FOLDER, SPLIT_F
 from normwear_fast.evaluate.splits import default_split
 
 PARQUET_FILE = "samples.parquet"
+DATASET_FILE = "dataset.json"
 _SAMPLING_RATE = 65.0
 
 # The published samples are float16; preprocessed values are around 1, far from its largest.
@@ -92,6 +93,11 @@ def prepare(
         )
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists; another --output, or --overwrite, would be right")
+    if output.exists() and not _replaceable(output):
+        raise OutputError(
+            f"{output}: holds no samples of probe --prepare, and will not be overwritten; choose a new "
+            "folder"
+        )
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}-"))
@@ -108,6 +114,16 @@ def prepare(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return prepared
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether a folder is empty, or holds nothing but what `prepare` writes."""
+    if not output.is_dir():
+        return False
+    names = {path.name for path in output.iterdir()}
+    return names <= {SAMPLE_FOLDER, PARQUET_FILE, SPLIT_FILE, DATASET_FILE} and (
+        not names or DATASET_FILE in names
+    )
 
 
 def _write(dataset: Dataset, raw: Path, work: Path, output: Path, seed: int) -> Prepared:
@@ -176,7 +192,7 @@ def _write(dataset: Dataset, raw: Path, work: Path, output: Path, seed: int) -> 
         "flat_channels": flat,
         "source": dataset.source,
     }
-    (work / "dataset.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (work / DATASET_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return Prepared(
         dataset=dataset,
         output=output,
