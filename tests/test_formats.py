@@ -233,6 +233,15 @@ def test_names_that_do_not_fit(store: Callable[..., Path]) -> None:
     refused(store(fill), "2 entries for 3 channels")
 
 
+def test_names_that_are_there_twice(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "data", signal(3, 500)).attrs["channels"] = ["a", "a", "b"]
+        root.attrs["sampling_rate"] = 10.0
+
+    recording, _ = opened(store(fill))
+    assert [channel.name for channel in recording.channels] == ["a", "a_2", "b"]
+
+
 def test_nothing_but_text_holds_no_signal(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["notes"] = "hello"

@@ -757,6 +757,40 @@ def test_csv_shapes(tmp_path: Path) -> None:
     assert open_recording(path).channels == ()
 
 
+def test_csv_trailing_separator(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", "time_s,ecg,\n0,1,\n0.1,2,\n0.2,3,\n")
+    recording, data = opened(path)
+    assert [c.name for c in recording.channels] == ["ecg"]
+    assert "column 3 has no name and no value and is left out" in recording.notes
+    rows = "".join(f"{i / 50},{i},\n" for i in range(9000))
+    write(path, f"time_s,ecg,\n{rows}180,1,7\n")  # a value far down
+    assert [c.name for c in opened(path)[0].channels] == ["ecg", "channel_2"]
+    write(path, "1,,2\n3,,4\n")
+    recording, data = opened(path, 10.0)
+    np.testing.assert_array_equal(data, [[1, 3], [2, 4]])
+    write(path, "ecg,ppg\n1,\n3,\n")  # a named one is a channel, with nothing in it
+    assert len(opened(path, 10.0)[1]) == 2
+
+
+@pytest.mark.parametrize("text", ["time|ecg", "time ecg", "time (s)   ecg", "| time | ecg |"])
+def test_csv_other_separators(tmp_path: Path, text: str) -> None:
+    separator = "|" if "|" in text else " "
+    lines = [text, *(f"{i / 50}{separator}{i}" for i in range(100))]
+    path = write(tmp_path / "r.csv", "\n".join(lines))
+    name = "'|'" if separator == "|" else "spaces"
+    for rate in (None, 50.0):
+        refused(path, f"separated by {name}; comma, semicolon or tab is right", rate=rate)
+
+
+def test_channels_of_one_name_get_numbers(tmp_path: Path) -> None:
+    names = ["a", "a", "b", "a_2", "a"]
+    np.savez(tmp_path / "r.npz", data=np.ones((5, 9)), sampling_rate=10.0, channels=names)
+    write(tmp_path / "r.csv", ",".join(names) + "\n1,2,3,4,5\n")
+    for name in ("r.npz", "r.csv"):
+        recording, _ = opened(tmp_path / name, 10.0)
+        assert [c.name for c in recording.channels] == ["a", "a_3", "b", "a_2", "a_4"]
+
+
 def test_csv_times_that_count_rows(tmp_path: Path) -> None:
     path, values = _even(tmp_path / "r.csv", [str(i) for i in range(200)], "time,ecg")
     refused(path, "step by 1", "--rate", "time_s or time_ms")
@@ -1357,6 +1391,23 @@ def test_inspect_json_and_failures(
     assert "bad.edf" in captured.err
     assert _inspect(str(tmp_path / "test_edfann.edf")) == 0
     assert "holds no signal" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_inspect_of_a_name_that_is_not_utf8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.fsencode(tmp_path)
+    table = pd.DataFrame({"time_s": np.arange(50) / 50, "ecg": 1.0})
+    table.to_csv(os.fsdecode(folder + b"/caf\xe9.csv"), index=False)
+    table.to_parquet(tmp_path / "r.parquet")
+    os.replace(tmp_path / "r.parquet", folder + b"/th\xe9.parquet")
+    assert _inspect(str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    for text in ("caf\\udce9: CSV", "th\\udce9: Parquet", "2 recordings, 0 failed"):
+        assert text in out
+    assert _inspect(str(tmp_path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recordings"][0]["id"] == "caf\udce9"
 
 
 def test_inspect_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

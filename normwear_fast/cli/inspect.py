@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         recordings.append(content)
         if not args.json:
-            print(_table(content))
+            print(_printable(_table(content)))
     if args.json:
         print(json.dumps({"recordings": recordings, "failed": failed}, indent=1))
     else:
@@ -57,6 +58,12 @@ def run(args: argparse.Namespace) -> int:
     for failure in failed:
         print_error(failure["error"])
     return 1 if failed else 0
+
+
+def _printable(text: str) -> str:
+    """Text with \\x.. for what the terminal has no characters for, as in names that are no UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @dataclass

@@ -14,7 +14,6 @@ The layout, for both:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +128,6 @@ class ArrayRecording(PartedRecording):
             )
         self.notes += tuple(f"{name} has no sampling_rate and is left out" for name in unrated)
         self._combine(parts, self._starts(origins))
-        self._make_names_unique()
 
     def _signals(self, tree: Tree) -> list[StoredArray]:
         """The arrays that are channels; small arrays of settings go to their group's attributes."""
@@ -252,12 +250,6 @@ class ArrayRecording(PartedRecording):
                 f"apart: not one recording"
             )
         return [0.0 if origin is None else origin - first for origin in origins]
-
-    def _make_names_unique(self) -> None:
-        names = Counter(channel.name for channel in self.channels)
-        twice = [name for name, count in names.items() if count > 1]
-        if twice:
-            raise RecordingError(f"{self.path}: has two channels named {twice[0]!r}")
 
 
 def _pieces(one: StoredArray) -> Iterator[slice]:

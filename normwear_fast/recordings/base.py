@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -240,6 +240,10 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             f"{path}: reading {path.suffix} needs {error.name}; "
             "install it with: pip install 'normwear-fast[io]'"
         ) from error
+    names = unique_names([channel.name for channel in recording.channels])
+    recording.channels = tuple(
+        replace(channel, name=name) for channel, name in zip(recording.channels, names, strict=True)
+    )
     for channel in recording.channels:
         if not RATES[0] <= channel.sampling_rate <= RATES[1]:
             recording.close()
@@ -305,13 +309,27 @@ def split_units(titles: Sequence[str]) -> list[tuple[str, str]]:
         unit = (match["a"] or match["b"] or "").strip() if match else ""
         parts.append((match["name"] if match else title or f"channel_{place}", unit, title))
     shared = Counter(name for name, _, _ in parts)
-    result: list[tuple[str, str]] = []
+    whole = [bool(unit) and shared[name] > 1 for name, unit, _ in parts]
+    names = unique_names([p[2] if w else p[0] for p, w in zip(parts, whole, strict=True)])
+    units = ["" if w else p[1] for p, w in zip(parts, whole, strict=True)]
+    return list(zip(names, units, strict=True))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names with a number after each that is there already: a, a_2, a_3."""
+    taken = set(names)
     seen: Counter[str] = Counter()
-    for name, unit, title in parts:
-        if unit and shared[name] > 1:
-            name, unit = title, ""
+    result: list[str] = []
+    for name in names:
         seen[name] += 1
-        result.append((f"{name}_{seen[name]}" if seen[name] > 1 else name, unit))
+        unique = name
+        if seen[name] > 1:
+            unique = f"{name}_{seen[name]}"
+            while unique in taken:
+                seen[name] += 1
+                unique = f"{name}_{seen[name]}"
+            taken.add(unique)
+        result.append(unique)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ class ParquetRecording(TableRecording):
 
         self.path = path
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(pa.OSFile(os.fsencode(path))) as file:
                 schema = file.schema_arrow
                 rows = file.metadata.num_rows
         except (pa.ArrowInvalid, pa.ArrowException, ValueError) as error:
@@ -103,7 +104,7 @@ class ParquetRecording(TableRecording):
 
         numbers = [field.name for field in fields if not temporal(field.type)]
         try:
-            with parquet.ParquetFile(self.path) as file:
+            with parquet.ParquetFile(pa.OSFile(os.fsencode(self.path))) as file:
                 batches = file.iter_batches(_SAMPLE, columns=numbers, use_threads=False)
                 batch = next(batches) if len(numbers) > 0 else None
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
@@ -123,7 +124,7 @@ class ParquetRecording(TableRecording):
         clock = [self._time.title] if time and self._time is not None else []
         row = self._first_row
         try:
-            with parquet.ParquetFile(self.path) as file:
+            with parquet.ParquetFile(pa.OSFile(os.fsencode(self.path))) as file:
                 for batch in file.iter_batches(
                     batch_size=_BATCH, columns=[*clock, *columns], use_threads=False
                 ):

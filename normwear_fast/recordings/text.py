@@ -8,6 +8,7 @@ such as a label, is left out and noted; text further down in a column of numbers
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -47,6 +48,8 @@ class TextRecording(TableRecording):
         self.format = path.suffix[1:].upper()
         rows = self._sniff()
         width = len(rows[0])
+        if width == 1:
+            self._check_separator([row[0] for row in rows if row])
         header = None if all(self._is_value(cell) for cell in rows[0]) else rows[0]
         body = rows[1:] if header else rows
         if not body:
@@ -96,6 +99,22 @@ class TextRecording(TableRecording):
             if any(_DECIMAL_COMMA.fullmatch(cell) for cell in cells):
                 self._decimal = ","
         return rows
+
+    def _check_separator(self, lines: list[str]) -> None:
+        """Refuse one column of cells that are several, all as many, with another separator."""
+        body = lines[1:50]
+        for name, separator in (("'|'", "|"), ("spaces", None)):
+            parts = [line.strip().strip("|").split(separator) for line in body]
+            if (
+                parts
+                and len(parts[0]) > 1
+                and {len(part) for part in parts} == {len(parts[0])}
+                and not any(self._is_value(line) for line in body)
+                and any(self._is_number(cell) for cell in parts[-1])
+            ):
+                raise RecordingError(
+                    f"{self.path}: columns are separated by {name}; comma, semicolon or tab is right"
+                )
 
     def _number(self, cell: str) -> float:
         return float(cell.replace(self._decimal, ".") if self._decimal == "," else cell)
@@ -168,6 +187,8 @@ class TextRecording(TableRecording):
                 continue
             if kind in ("text", "time"):
                 self.notes += (f"column {title!r} holds text and is left out",)
+            elif (not header or not title) and len(kinds) > 1 and self._is_empty(i, columns[i]):
+                self.notes += (f"column {i + 1} has no name and no value and is left out",)
             elif i == 0 and header and title in ("", "Unnamed: 0") and self._counts(columns[0]):
                 self.notes += ("the first column counts rows and is left out",)
             else:
@@ -197,6 +218,13 @@ class TextRecording(TableRecording):
             [str(i + 1) for i in range(len(cells))],
         )
 
+    def _is_empty(self, place: int, cells: list[str]) -> bool:
+        """Whether a column has no value in the whole file."""
+        if any(cell.strip().casefold() not in _NULLS for cell in cells):
+            return False
+        batches = self._batches([self._names[place]])
+        return all(batch.column(0).null_count == batch.num_rows for batch in batches)
+
     def _set_wall_clock(self, column: TimeColumn, cells: list[str]) -> None:
         import pyarrow as pa
 
@@ -217,13 +245,35 @@ class TextRecording(TableRecording):
         self, channels: list[int], *, time: bool
     ) -> Iterator[tuple[NDArray[Any], list[Array]]]:
         import pyarrow as pa
-        from pyarrow import csv as reader
 
         columns = [self._columns[c] for c in channels]
         wanted = [self._time_name, *columns] if time else columns or self._names[:1]
+        row = self._first_row
+        for batch in self._batches(wanted):
+            times = np.zeros(batch.num_rows)
+            if time:
+                column = batch.column(0)
+                if column.null_count:
+                    bad = row + int(np.argmax(column.is_null().to_numpy(False)))
+                    raise RecordingError(
+                        f"{self.path}: row {bad} has no time in column "
+                        f"{self._time.title if self._time else ''!r}"
+                    )
+                if self._types[self._time_name] != pa.float64():
+                    column = column.cast(pa.int64())
+                times = column.to_numpy(zero_copy_only=False)
+            row += batch.num_rows
+            yield times, [_floats(batch.column(name)) for name in columns]
+
+    def _batches(self, wanted: list[str]) -> Iterator[Any]:
+        """Record batches of some columns."""
+        import pyarrow as pa
+        from pyarrow import csv as reader
+
+        nulls = [*_NULLS, *map(str.upper, _NULLS), "NaN", "-NaN", "None", "Null"]
         try:
             with reader.open_csv(
-                str(self.path),
+                pa.OSFile(os.fsencode(self.path)),  # a name need not be UTF-8
                 # one thread: only then do errors name the row
                 read_options=reader.ReadOptions(
                     use_threads=False,
@@ -242,25 +292,11 @@ class TextRecording(TableRecording):
                     },
                     include_columns=list(dict.fromkeys(wanted)),
                     decimal_point=self._decimal,
-                    null_values=[*_NULLS, *map(str.upper, _NULLS), "NaN", "-NaN", "None", "Null"],
+                    null_values=nulls,
+                    strings_can_be_null=True,
                 ),
             ) as batches:
-                row = self._first_row
-                for batch in batches:
-                    times = np.zeros(batch.num_rows)
-                    if time:
-                        column = batch.column(0)
-                        if column.null_count:
-                            bad = row + int(np.argmax(column.is_null().to_numpy(False)))
-                            raise RecordingError(
-                                f"{self.path}: row {bad} has no time in column "
-                                f"{self._time.title if self._time else ''!r}"
-                            )
-                        if self._types[self._time_name] != pa.float64():
-                            column = column.cast(pa.int64())
-                        times = column.to_numpy(zero_copy_only=False)
-                    row += batch.num_rows
-                    yield times, [_floats(batch.column(name)) for name in columns]
+                yield from batches
         except pa.ArrowInvalid as error:
             raise RecordingError(self._explain(error)) from error
 
