@@ -252,7 +252,7 @@ def _channel_missing(
     from normwear_fast.encode.windows import select_channels
     from normwear_fast.recordings import open_recording
 
-    with open_recording(Path(entry["path"]), sampling_rate=rate) as recording:
+    with open_recording(Path(entry["path"]), sampling_rate=rate, own_clock=True) as recording:
         chosen = select_channels(recording.channels, tuple(entry["channels"]))
         duration = recording.duration or 1.0
         totals, absent = np.zeros((len(chosen), BINS)), np.zeros((len(chosen), BINS))
@@ -276,7 +276,7 @@ def _channel_missing(
 def _samples(entry: dict[str, Any], rate: float | None) -> float:
     from normwear_fast.recordings import open_recording
 
-    with open_recording(Path(entry["path"]), sampling_rate=rate) as recording:
+    with open_recording(Path(entry["path"]), sampling_rate=rate, own_clock=True) as recording:
         return float(sum(channel.samples for channel in recording.channels))
 
 

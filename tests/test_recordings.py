@@ -1393,6 +1393,30 @@ def test_inspect_json_and_failures(
     assert "holds no signal" in capsys.readouterr().out
 
 
+def test_a_rate_is_for_the_recordings_without_a_clock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from normwear_fast.encode.settings import EncodeSettings
+    from normwear_fast.encode.survey import survey
+
+    np.save(tmp_path / "bare.npy", np.ones((1, 320)))
+    np.savez(tmp_path / "timed.npz", data=np.ones((1, 640)), sampling_rate=64.0)
+    assert _inspect(str(tmp_path), "--rate", "32") == 0
+    out = capsys.readouterr().out
+    assert "bare: NPY, 0:00:10\n" in out
+    assert "timed: NPZ, 0:00:10\n" in out
+    assert out.count("has a clock of its own: --rate 32 is not for it and left out") == 1
+    settings = EncodeSettings(window=2.0, hop=2.0, rate=32.0)
+    entries = survey(find_recordings([tmp_path]), settings)
+    assert [(entry.windows, entry.error) for entry in entries] == [(5, None), (5, None)]
+    assert "--rate 32 is not for it" in entries[1].notes[0]
+    # one by itself must not contradict
+    alone = tmp_path / "timed.npz"
+    assert _inspect(str(alone), "--rate", "32") == 1
+    assert "--rate 32 contradicts the file's own 64 Hz" in capsys.readouterr().err
+    assert "--rate 32 contradicts" in str(survey(find_recordings([alone]), settings)[0].error)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_inspect_of_a_name_that_is_not_utf8(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

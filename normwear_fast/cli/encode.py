@@ -124,7 +124,10 @@ def add_channel_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     group = parser.add_argument_group("signal")
     group.add_argument("--channels", metavar="NAMES", help="comma-separated; default: all")
     group.add_argument(
-        "--rate", type=float, metavar="HZ", help="of recordings whose format has no clock"
+        "--rate",
+        type=float,
+        metavar="HZ",
+        help="of recordings without a clock; of several, one with a clock keeps its own",
     )
     return group
 

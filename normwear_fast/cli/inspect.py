@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate",
         type=float,
         metavar="HZ",
-        help="sampling rate of files without a clock (NPY; CSV and Parquet without times)",
+        help="sampling rate of files without a clock (NPY; CSV and Parquet without times); of "
+        "several recordings one with a clock of another rate keeps its own",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
     """
     recordings: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    for found in find_recordings(args.inputs):
+    recordings_found = find_recordings(args.inputs)
+    for found in recordings_found:
         try:
-            content = describe(found, args.rate)
+            content = describe(found, args.rate, own_clock=len(recordings_found) > 1)
         except NormWearError as error:
             failed.append({"id": found.id, "path": str(found.path), "error": str(error)})
             continue
@@ -92,13 +94,20 @@ class _Missing:
         self.open = int(lengths[-1]) if ends[-1] == data.size else 0
 
 
-def describe(found: FoundRecording, rate: float | None = None) -> dict[str, Any]:
+def describe(
+    found: FoundRecording, rate: float | None = None, *, own_clock: bool = False
+) -> dict[str, Any]:
     """Everything `inspect` says about one recording, as plain values.
+
+    Args:
+        found: the recording.
+        rate: Hz, if it has no clock.
+        own_clock: one that has a clock keeps it, whatever the rate.
 
     Raises:
         RecordingError: it cannot be read.
     """
-    with open_recording(found.path, sampling_rate=rate) as recording:
+    with open_recording(found.path, sampling_rate=rate, own_clock=own_clock) as recording:
         counts = [_Missing() for _ in recording.channels]
         for block in recording.blocks(range(len(counts))):
             for count, data in zip(counts, block, strict=True):

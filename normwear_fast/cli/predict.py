@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV or Parquet with recording, start_s, duration_s or end_s, and maybe window_id",
     )
     parser.add_argument(
-        "--rate", type=float, metavar="HZ", help="of recordings whose format has no clock"
+        "--rate",
+        type=float,
+        metavar="HZ",
+        help="of recordings without a clock; of several, one with a clock keeps its own",
     )
     parser.add_argument(
         "--precision", default="auto", metavar="P", help="auto (default), float32, bfloat16"

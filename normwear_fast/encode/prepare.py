@@ -195,7 +195,9 @@ class _Opened:
     def __enter__(self) -> _Opened:
         started = time.perf_counter()
         rate = self.settings.rate
-        self.recording: Recording = open_recording(Path(self.source.path), sampling_rate=rate)
+        self.recording: Recording = open_recording(
+            Path(self.source.path), sampling_rate=rate, own_clock=True
+        )
         try:
             self.channels = select_channels(self.recording.channels, self.settings.channels)
             names = tuple(self.recording.channels[c].name for c in self.channels)

@@ -150,12 +150,14 @@ class Look:
     Args:
         place: in the order of ids.
         windows: those listed for it, where there is a list.
+        alone: it is the only one; then its clock must not contradict the settings' rate.
     """
 
     place: int
     id: str
     path: str
     windows: WindowList | None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,9 @@ def look_at(item: Look, settings: EncodeSettings, watch: Opens | None = None) ->
     names: tuple[str, ...] = ()
     try:
         size, mtime_ns = file_state(path)
-        with open_recording(path, sampling_rate=settings.rate) as recording:
+        with open_recording(
+            path, sampling_rate=settings.rate, own_clock=not item.alone
+        ) as recording:
             names = tuple(channel.name for channel in recording.channels)
             channels = select_channels(recording.channels, settings.channels)
             entry = Surveyed(
@@ -223,7 +227,7 @@ def survey(
     if windows is not None:
         found = _listed(found, windows)
     items = (
-        Look(place, item.id, str(item.path), _listed_for(item.id, windows))
+        Look(place, item.id, str(item.path), _listed_for(item.id, windows), len(found) == 1)
         for place, item in enumerate(found)
     )
     entries: dict[int, Surveyed] = {}

@@ -17,7 +17,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, NormWearError, RecordingError, UsageError, one_line
+from normwear_fast.errors import (
+    InputError,
+    NormWearError,
+    RecordingError,
+    UsageError,
+    one_line,
+)
 
 Array = NDArray[np.float64]
 
@@ -198,13 +204,17 @@ def extensions() -> tuple[str, ...]:
     return tuple(sorted(_READERS))
 
 
-def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> Recording:
+def open_recording(
+    path: str | Path, *, sampling_rate: float | None = None, own_clock: bool = False
+) -> Recording:
     """Open a recording by its extension; a Zarr or Empatica E4 folder by what it holds.
 
     Args:
         path: the file or folder; for WFDB the .hea header, for BrainVision the .vhdr.
         sampling_rate: Hz, for files without a clock of their own. A file that has one may differ
             from it by 1 %.
+        own_clock: one that differs by more keeps its own, with a note, and is not refused: of many
+            recordings only some may lack a clock.
 
     Raises:
         RecordingError: missing, empty, damaged or unknown file, or no sampling rate to be had.
@@ -232,7 +242,15 @@ def open_recording(path: str | Path, *, sampling_rate: float | None = None) -> R
             raise RecordingError(f"{path}: is no regular file")
         if not folder and path.stat().st_size == 0:
             raise RecordingError(f"{path}: is empty (0 bytes)")
-        recording = reader(path, sampling_rate=sampling_rate)
+        try:
+            recording = reader(path, sampling_rate=sampling_rate)
+        except _OtherRateError:
+            if not own_clock:
+                raise
+            recording = reader(path, sampling_rate=None)
+            recording.notes += (
+                f"has a clock of its own: --rate {sampling_rate:g} is not for it and left out",
+            )
     except OSError as error:
         raise RecordingError(f"{path}: cannot be read: {one_line(error)}") from error
     except ImportError as error:
@@ -265,13 +283,17 @@ def refusing(path: Path, what: str = "is damaged") -> Iterator[None]:
         raise RecordingError(f"{path}: {what}: {one_line(error)}") from error
 
 
+class _OtherRateError(RecordingError):
+    """A recording whose own clock contradicts the --rate."""
+
+
 def check_rate(path: Path, given: float | None, rates: Iterable[float]) -> None:
     """Refuse a --rate that no channel of a file with its own clock has, by more than 1 %."""
     rates = sorted(set(rates))
     if given is None or not rates or any(abs(given / rate - 1) <= 0.01 for rate in rates):
         return
     own = ", ".join(f"{rate:g}" for rate in rates)
-    raise RecordingError(
+    raise _OtherRateError(
         f"{path}: --rate {given:g} contradicts the file's own {own} Hz; leave --rate out"
     )
 
