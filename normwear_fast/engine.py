@@ -71,6 +71,16 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
 
 
+def check_precision(precision: str, backend: Backend, device: torch.device) -> None:
+    """A UsageError unless the backend has products of a precision that is not ``auto``."""
+    if precision not in (*backend.precisions, "float64"):
+        homes = {"int8": "backend 'native' on a CPU", "fp8": "backend 'triton' on a GPU"}
+        raise UsageError(
+            f"precision {precision!r} needs {homes[precision]}; this is backend {backend.name!r} "
+            f"on {device.type}"
+        )
+
+
 _EXACT_LOCK = threading.Lock()
 _EXACT: dict[str, tuple[int, Any]] = {}
 """Flag to how many runs hold it, one thread a device, and what the process had set before the first."""
@@ -156,12 +166,7 @@ class Engine:
         self.dtype = folded.blocks[0].qkv.dtype
         self.precision = precision = precision or str(self.dtype).removeprefix("torch.")
         self.encoder = None
-        if precision not in (*backend.precisions, "float64"):
-            homes = {"int8": "backend 'native' on a CPU", "fp8": "backend 'triton' on a GPU"}
-            raise UsageError(
-                f"precision {precision!r} needs {homes[precision]}; this is backend {backend.name!r} "
-                f"on {folded.carried.device.type}"
-            )
+        check_precision(precision, backend, folded.carried.device)
         if backend.encoder is not None and self.dtype != torch.float64:
             self.encoder = backend.encoder(folded, config, precision)
             folded = without_matrices(folded)

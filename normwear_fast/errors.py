@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 
@@ -44,6 +45,24 @@ class OutputError(NormWearError):
 
 class UsageError(NormWearError, ValueError):
     """A command or call whose arguments contradict each other or name nothing."""
+
+
+def require(module: str, what: str, extra: str) -> None:
+    """A UsageError that says how to install what is missing; before work that needs it at its end.
+
+    Args:
+        module: to be imported.
+        what: needs it.
+        extra: of this package that brings it.
+    """
+    try:
+        import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        package = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabric"}.get(
+            package, package
+        )
+        raise UsageError(f"{what} needs {package}; pip install 'normwear-fast[{extra}]'") from None
 
 
 def one_line(error: BaseException | str, length: int = 300) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.config import SAMPLING_RATE
-from normwear_fast.errors import InputError, UsageError
+from normwear_fast.errors import InputError, UsageError, require
 from normwear_fast.files import replacing
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ _STYLE: Any = {
 }
 
 
+def check_installed() -> None:
+    """A UsageError unless pictures can be drawn."""
+    require("matplotlib.figure", "a picture", "plots")
+
+
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure as MatplotlibFigure
-    except ImportError:
-        raise UsageError("pictures need matplotlib; pip install 'normwear-fast[plots]'") from None
+    check_installed()
+    from matplotlib.figure import Figure as MatplotlibFigure
+
     return MatplotlibFigure(figsize=(width, height), layout="constrained")
 
 
@@ -53,12 +57,9 @@ class _styled:
     """The module's look while a figure is built or drawn, and no longer."""
 
     def __enter__(self) -> None:
-        try:
-            import matplotlib
-        except ImportError:
-            raise UsageError(
-                "pictures need matplotlib; pip install 'normwear-fast[plots]'"
-            ) from None
+        check_installed()
+        import matplotlib
+
         self._context = matplotlib.rc_context(_STYLE)
         self._context.__enter__()
 
@@ -364,6 +365,7 @@ def embedding_map(
         shares = [100 * float(value**2) / total for value in values[:2]] + [0.0]
         names = [f"component {i + 1} ({shares[i]:.0f} % of variance)" for i in range(2)]
     elif method == "tsne":
+        require("sklearn.manifold", "t-SNE", "eval")
         from sklearn.manifold import TSNE
 
         perplexity = min(30.0, (len(points) - 1) / 3)

@@ -7,8 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        "NormWearTransformer needs scikit-learn >= 1.5; pip install 'normwear-fast[eval]'"
+    ) from error
 
 from normwear_fast.config import SAMPLING_RATE, NormWearConfig
 from normwear_fast.errors import InputError

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -384,6 +385,132 @@ def test_nan_is_a_skipped_row(
     np.savez(tmp_path / "x.npz", data=data, sampling_rate=65.0)
     assert encode(tmp_path / "x.npz", "--weights", weights, "--output", tmp_path / "out") == 0
     assert "1 of 3 windows encoded; 2 skipped (2 for missing data)" in capsys.readouterr().out
+
+
+def test_stderr_that_the_shell_has_closed(recordings: Path, tmp_path: Path) -> None:
+    """Nobody hears of the progress, and no file takes the number that libraries print to."""
+    words = ["encode", recordings, "--random-weights", "0", "--model-size", "small", "--json"]
+    command = shlex.join(map(str, [sys.executable, "-m", "normwear_fast.cli", *words]))
+    for number, closed in enumerate(("2>&-", "0<&- 1>&- 2>&-")):
+        output = tmp_path / f"out{number}"
+        done = subprocess.run(
+            ["sh", "-c", f"{command} --output {shlex.quote(str(output))} {closed}"],
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0
+        assert len(load_embeddings(output)) == 3
+        assert number or json.loads(done.stdout)["ok"] == 3  # nothing but the summary
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_printing_to_a_full_disk(extra: list[str], recordings: Path) -> None:
+    words = [sys.executable, "-m", "normwear_fast.cli", "inspect", str(recordings), *extra]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "normwear-fast: error: standard output: cannot be written (No space left on device)"
+    ]
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", str(2**63), "-1", "x"])
+def test_a_seed_is_a_whole_number(
+    seed: str, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = encode(recordings, f"--random-weights={seed}", "--output", tmp_path / "out")
+    assert code == 2
+    assert f"--random-weights: {seed} is no seed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have fp8")
+def test_a_dry_run_refuses_what_the_run_does(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for extra in (["--dry-run"], ["--random-weights", "0", "--output", tmp_path / "out"]):
+        assert encode(recordings, "--precision", "fp8", *extra) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert "precision 'fp8' needs backend 'triton' on a GPU" in said[0]
+
+
+MISSING = [
+    ("sklearn", ["probe", "nowhere", "--baseline", "raw"], "probing needs scikit-learn", "eval"),
+    (
+        "matplotlib",
+        ["probe", "nowhere", "--baseline", "raw", "--output", "OUT"],
+        "needs matplotlib",
+        "plots",
+    ),
+    (
+        "lightning_fabric",
+        ["finetune", "x", "--weights", "w", "--output", "OUT"],
+        "needs lightning-f",
+        "train",
+    ),
+    (
+        "sklearn",
+        ["finetune", "x", "--weights", "w", "--output", "OUT"],
+        "needs scikit-learn",
+        "train",
+    ),
+    (
+        "matplotlib",
+        [
+            "zeroshot",
+            "x",
+            "--question",
+            "q",
+            "--option",
+            "a",
+            "--option",
+            "b",
+            "--weights",
+            "w",
+            "--picture",
+            "OUT.png",
+        ],
+        "--picture needs matplotlib",
+        "plots",
+    ),
+    (
+        "zarr",
+        ["encode", "RECORDINGS", "--random-weights", "0", "--output", "OUT", "--pool", "patch"],
+        "needs zarr",
+        "io",
+    ),
+    (
+        "ray",
+        ["encode", "RECORDINGS", "--random-weights", "0", "--output", "OUT", "--engine", "ray"],
+        "needs Ray",
+        "ray",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "words", "message", "extra"), MISSING)
+def test_a_missing_extra_is_named_before_the_work(
+    module: str, words: list[str], message: str, extra: str, recordings: Path, tmp_path: Path
+) -> None:
+    """In a process where the module cannot be imported, as in a plain install."""
+    places = {"OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png", "RECORDINGS": recordings}
+    code = (
+        "import sys\n"
+        f"sys.modules[{module!r}] = None\n"
+        "from normwear_fast.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    given = [str(places.get(word, word)) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert f"pip install 'normwear-fast[{extra}]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not places["OUT"].exists()
 
 
 class Malicious:

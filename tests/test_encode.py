@@ -893,6 +893,17 @@ def test_no_output_there_is_one_line(tmp_path: Path) -> None:
         load_embeddings(tmp_path)
 
 
+def test_a_library_that_is_not_installed_is_named(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, install in (("pandas", r"'normwear-fast\[eval\]'"), ("polars", "polars")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(UsageError, match=f"pip install {install}; library='numpy' and"):
+                load_embeddings(undisturbed, name)
+            assert len(load_embeddings(undisturbed, "numpy")["embedding"]) == 54
+
+
 def test_lock_is_gone_and_empty_folders_too(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "a" / "b") as folder:
         assert (folder.path / ".lock").read_text() == str(os.getpid())

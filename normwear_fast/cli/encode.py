@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from normwear_fast.cli.main import seed
 from normwear_fast.encode.settings import CHOICES, EncodeSettings
 from normwear_fast.errors import OutputError, UsageError
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("weights (one of them)").add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="W", help="checkpoint file, folder or hub id")
     weights.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="random weights, for trials"
+        "--random-weights", type=seed, metavar="SEED", help="random weights, for trials"
     )
     parser.add_argument(
         "--model-size",
@@ -176,9 +177,14 @@ def run(args: argparse.Namespace) -> int:
         rate=args.rate,
     )
     if args.dry_run:
+        from normwear_fast.backends import select_backend
         from normwear_fast.cli.plan import show_plan
+        from normwear_fast.engine import check_precision, resolve_precision
 
-        return show_plan(args, settings, windows, args.output, _devices(args.device)[0].type)
+        device = _devices(args.device)[0]
+        precision = resolve_precision(settings.precision, device)  # as the run would
+        check_precision(precision, select_backend("auto", device), device)
+        return show_plan(args, settings, windows, args.output, device.type)
     return _encode(args, settings, windows)
 
 
@@ -492,7 +498,8 @@ def _say_stopping() -> None:
 
 def make_progress(verb: str) -> _Lines | _Bar:
     """A bar on a terminal, else lines; ``verb`` is what is done to the windows."""
-    return _Bar(verb) if sys.stderr.isatty() else _Lines(verb)
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return _Bar(verb) if terminal else _Lines(verb)
 
 
 if TYPE_CHECKING:  # both fit what the engine expects

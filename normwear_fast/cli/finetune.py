@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.cli.encode import add_channel_arguments, parse_names
-from normwear_fast.errors import UsageError
+from normwear_fast.cli.main import seed
+from normwear_fast.errors import UsageError, require
 
 if TYPE_CHECKING:
     from normwear_fast.finetune.data import LabelledWindows
@@ -134,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs without a better validation loss (5)",
     )
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--precision", default="auto", metavar="P", help="auto, float32 or bfloat16")
     train.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda[:i]")
 
@@ -166,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
     )
     output = Path(args.output)
     check_output(output, overwrite=args.overwrite)
+    for module in ("lightning_fabric", "sklearn.model_selection"):
+        require(module, "fine-tuning", "train")
     data = _from_recordings(args) if args.labels else _from_samples(args)
     tuner = FineTuner(
         args.weights, settings, device=args.device, precision=args.precision, progress=_say

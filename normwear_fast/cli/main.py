@@ -48,6 +48,13 @@ def print_error(error: NormWearError | str) -> None:
     print(f"normwear-fast: error: {error}", file=sys.stderr)
 
 
+def seed(text: str) -> int:
+    """The type of arguments that seed random numbers."""
+    if not (text.strip().isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text} is no seed; a whole number in 0..2^63-1 is right")
+    return int(text)
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; of the commands only ``command`` is imported and knows its arguments."""
     parser = _Parser(
@@ -78,13 +85,16 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code."""
+    _open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     show = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
         arguments = build_parser(chosen).parse_args(argv)
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except SystemExit as end:
         return int(end.code) if isinstance(end.code, int) else 0
     except NormWearError as error:
@@ -95,10 +105,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python would complain again at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
+    except OSError as error:
+        try:  # what has a file's name was not printed; else printing once more tells
+            if error.filename is None:
+                print(flush=True)
+        except OSError:
+            _discard_stdout()
+            print_error(f"standard output: cannot be written ({one_line(error)})")
+            return 1
+        raise
     finally:
         warnings.showwarning = show
+
+
+def _discard_stdout() -> None:
+    """Sends what waits to be printed nowhere; Python would try again, and complain, at its exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _open_streams() -> None:
+    """Opens what the shell has closed (`2>&-`): the next file opened, a user's output, would take the
+    number of stderr and get what libraries print there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (kept to the end)
+            setattr(sys, name, nowhere)
 
 
 def _show_warning(

@@ -96,7 +96,8 @@ class _Progress:
     def __enter__(self) -> _Progress:
         from tqdm import tqdm
 
-        self._bar = tqdm(unit="window", desc="predict", disable=not sys.stderr.isatty())
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._bar = tqdm(unit="window", desc="predict", disable=not terminal)
         return self
 
     def __call__(self, done: int, total: int) -> None:

@@ -162,7 +162,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from normwear_fast.errors import OutputError, UsageError
+    from normwear_fast.errors import OutputError, UsageError, require
     from normwear_fast.evaluate.baselines import (
         BASELINES,
         Embedder,
@@ -179,8 +179,10 @@ def _probe(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else None
     if output is not None and output.exists() and not args.overwrite:
         raise OutputError(f"{output}: exists; another --output, or --overwrite, would be right")
+    require("sklearn.linear_model", "probing", "eval")
     if output is not None:
         check_writable(output)
+        require("matplotlib.figure", "the report of --output", "plots")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

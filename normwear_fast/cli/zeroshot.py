@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import OutputError, UsageError, one_line
+from normwear_fast.cli.main import seed
+from normwear_fast.errors import OutputError, UsageError, one_line, require
 from normwear_fast.files import check_writable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", metavar="W", help="checkpoint file, folder or hub id")
     weights.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="a random encoder, for trials"
+        "--random-weights", type=seed, metavar="SEED", help="a random encoder, for trials"
     )
     parser.add_argument(
         "--text",
@@ -115,6 +116,7 @@ def load_model(args: argparse.Namespace) -> FastNormWear:
 
 
 def run(args: argparse.Namespace) -> int:
+    from normwear_fast.cli.main import print_error
     from normwear_fast.encode.prepare import OK, Source
     from normwear_fast.encode.settings import EncodeSettings
     from normwear_fast.encode.survey import survey, windows_of
@@ -143,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
             and not (args.overwrite and os.path.isfile(path))
         ):
             raise OutputError(f"{path}: exists; choose another file, or --overwrite")
+    if args.picture:
+        require("matplotlib.figure", "--picture", "plots")
     for path in filter(None, (args.output, args.picture)):
         check_writable(Path(path).parent)
     listed = read_window_list(args.windows) if args.windows else None
@@ -211,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
                 counts["recordings"] += 1
             else:
                 failed.append({"recording": item.id, "error": error})
-                _say(f"normwear-fast: error: {item.path}: {error}")
+                print_error(error)
         if writer is not None:
             writer.finish()
     finally:

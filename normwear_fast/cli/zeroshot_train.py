@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from normwear_fast.cli.main import seed
 from normwear_fast.cli.zeroshot import add_model_arguments, load_model
 from normwear_fast.errors import InputError, OutputError, UsageError, within
 from normwear_fast.files import check_writable
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     parser.add_argument("--held-out", type=float, default=default.held_out, metavar="SHARE")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--seed", type=seed, default=default.seed)
     parser.add_argument("--overwrite", action="store_true", help="replace a fusion module in DIR")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,10 +44,12 @@ def load_embeddings(
 
     Raises:
         OutputError: no output of encode there, or a damaged part.
-        UsageError: an unknown library or column.
+        UsageError: an unknown library or column, or a library that is not installed.
     """
     if library not in LIBRARIES:
         raise UsageError(f"library is {library!r}; it must be one of {', '.join(LIBRARIES)}")
+    if library in ("pandas", "polars"):
+        _check_installed(library)
     table = _read(Path(folder), columns)
     if library == "pyarrow":
         return table
@@ -67,6 +70,17 @@ def load_embeddings(
     if "embedding" in named:
         named["embedding"] = _stack(named["embedding"])
     return named
+
+
+def _check_installed(library: str) -> None:
+    try:
+        import_module(library)
+    except ImportError:
+        install = "'normwear-fast[eval]'" if library == "pandas" else library
+        raise UsageError(
+            f"library {library!r} needs {library}: pip install {install}; library='numpy' and 'pyarrow' "
+            "need nothing more"
+        ) from None
 
 
 def _read(folder: Path, columns: Sequence[str] | None) -> pa.Table:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError
+from normwear_fast.errors import InputError, require
 
 CLASS_METRICS = ("auc", "average_precision", "accuracy", "precision", "recall", "f1")
 
@@ -56,6 +56,7 @@ def classification_scores(
     y: NDArray[np.int64], probabilities: NDArray[np.floating], classes: NDArray[np.int64]
 ) -> dict[str, float]:
     """The six published scores of test predictions (n, k), through scikit-learn."""
+    require("sklearn.metrics", "scoring", "eval")
     from sklearn import metrics
 
     present, columns = present_probabilities(y, probabilities, classes)

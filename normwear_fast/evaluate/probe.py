@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError, one_line
+from normwear_fast.errors import InputError, one_line, require
 from normwear_fast.evaluate import metrics
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.splits import stratified_part, subject_folds
@@ -35,6 +35,7 @@ _ROWS = 1024  # rows predicted, checked or swapped at a time
 
 def logistic_regression() -> Any:
     """The published classifier."""
+    require("sklearn.linear_model", "probing", "eval")
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(solver="newton-cg", C=1.0, max_iter=500)
@@ -109,6 +110,7 @@ class LargeBinaryRegression:
 
 def ridge_regression() -> Any:
     """The published regressor, for targets in log(y + 1)."""
+    require("sklearn.linear_model", "probing", "eval")
     from sklearn.linear_model import Ridge
 
     return Ridge(solver="cholesky", alpha=1.0)

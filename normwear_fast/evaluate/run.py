@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from normwear_fast.errors import require
 from normwear_fast.evaluate import metrics
 from normwear_fast.evaluate.baselines import Embedder, embeddings
 from normwear_fast.evaluate.probe import (
@@ -98,6 +99,7 @@ def evaluate(
         cache: folder of the features; None keeps none.
         say: told what is being done, one line at a time.
     """
+    require("sklearn.linear_model", "probing", "eval")
     rows: list[Row] = []
     maps: list[tuple[str, np.ndarray, list[str]]] = []
     for samples in sets:

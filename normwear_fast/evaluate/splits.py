@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwear_fast.errors import InputError
+from normwear_fast.errors import InputError, require
 from normwear_fast.evaluate.registry import Dataset
 
 TEST_PART = 0.2
@@ -71,6 +71,7 @@ def subject_folds(
     if len(names) < FOLDS or "" in names:
         found = "samples without a subject" if "" in names else f"{len(names)} of them"
         raise InputError(f"{FOLDS} folds by subject need {FOLDS} or more subjects; found {found}")
+    require("sklearn.model_selection", "a split into folds", "eval")
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
     kind = GroupKFold if y.dtype.kind == "f" else StratifiedGroupKFold

@@ -29,7 +29,7 @@ from normwear_fast.encode.windows import (
     duration_of,
     table_rows,
 )
-from normwear_fast.errors import InputError, UsageError, within
+from normwear_fast.errors import InputError, UsageError, require, within
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.samples import SampleSet, _own_task, _parse_label
 from normwear_fast.inputs import rate_list, window_list
@@ -762,6 +762,7 @@ def _draw(
             f"one subject only ({str(names[0])!r}) to train and validate on: two or more are needed, "
             "or a split column"
         )
+    require("sklearn.model_selection", "a split by subject", "train")
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
     folds = min(len(names), max(2, round(1 / fraction)))

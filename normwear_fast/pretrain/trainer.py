@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.errors import InputError, OutputError, UsageError, one_line, reading
+from normwear_fast.errors import InputError, OutputError, UsageError, one_line, reading, require
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.optimization import decays, rate_factor
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
@@ -328,6 +328,9 @@ def pretrain(
         raise UsageError(
             f"devices {run.devices}, strategy {run.strategy}: {one_line(error)}"
         ) from None
+    require("torch.utils.tensorboard", "pretraining", "train")
+    if run.picture_every:
+        require("matplotlib.figure", "a picture of the reconstruction", "plots")
     check_output(Path(output), overwrite=overwrite)
     task = _Task(shards, config, settings, Path(output), run, initial, probe, overwrite, say)
     report = cast(PretrainReport, fabric.launch(task))
