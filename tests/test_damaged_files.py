@@ -176,6 +176,7 @@ def alter(path: Path, where: str, value: Any) -> None:
         ("text_encoder", "tokenizer.json", "model", 1, "cannot be loaded"),
         ("sentence_encoder", "modules.json", "0/path", 1, "no list of modules"),
         ("sentence_encoder", "modules.json", "1/path", "x", "names 'x'"),
+        ("sentence_encoder", "modules.json", "1/path", "", "pooling None"),
         ("sentence_encoder", "sentence_bert_config.json", "max_seq_length", {}, "max_seq_length"),
         ("samples_released", "dataset.json", "dataset", [], "not what preparation wrote"),
         ("raw_noninvasive_bp", "1.json", "data_PPG/+", 10**400, "no series data_PPG"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast.errors import InputError, WeightsError, one_line, reading
+from normwear_fast.errors import InputError, WeightsError, one_line, reading, within
 from normwear_fast.files import fits, read_json
 from normwear_fast.weights import check_pickled_names
 
@@ -169,7 +169,8 @@ class SentenceTransformerTextEncoder(_TransformersEncoder):
         super().__init__(folder / modules[0]["path"], device=device, offline=True)
         self.name = str(folder)
         self.normalize = "Normalize" in kinds
-        self.pooling = _pooling(folder / modules[1]["path"] / "config.json")
+        with within(f"{folder}/modules.json"):  # which may name another one
+            self.pooling = _pooling(folder / modules[1]["path"] / "config.json")
         settings = folder / modules[0]["path"] / "sentence_bert_config.json"
         if settings.exists():
             values = read_json(settings, WeightsError)
