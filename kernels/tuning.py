@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from normwear_fast.files import fits
 from normwear_fast.kernels import interpreter
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,10 +81,10 @@ def cache_path(device: torch.device) -> Path:
 @lru_cache(maxsize=8)
 def _measured(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if fits(found, {str: {"choice": dict, "seconds": float}}) else {}
 
 
 @lru_cache(maxsize=64)

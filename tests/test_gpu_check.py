@@ -287,6 +287,19 @@ def test_tuning_takes_every_choice_in_turn(monkeypatch, tmp_path) -> None:
         assert dataclasses.asdict(tuning.pick(operator, case, table, gpu)) == kept[name]["choice"]
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"a": []}', '{"a": {}}', '{"a": {"choice": 3}}', "[" * 9000, "{"]
+)
+def test_a_damaged_cache_of_choices_is_none(monkeypatch, tmp_path, content: str) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text(content)
+    monkeypatch.setattr(tuning, "capability", lambda device: 80)
+    monkeypatch.setattr(tuning, "_device_path", lambda device: path)
+    gpu: Any = SimpleNamespace(type="cuda")
+    assert tuning.pick("a", "", bias_gelu.CHOICES, gpu) == bias_gelu.CHOICES[80][0]
+    assert tuning.measured_choices(gpu) == {}
+
+
 # --- sections and their processes -------------------------------------------------------------------
 
 
