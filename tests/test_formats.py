@@ -192,6 +192,21 @@ def test_time_arrays(store: Callable[..., Path]) -> None:
     np.testing.assert_allclose(data[inside], np.interp(grid[inside], jittered, uneven), atol=0.2)
 
 
+def test_a_temperature_is_no_time_array(store: Callable[..., Path]) -> None:
+    values = {"T": signal(1, 500)[0], "t": signal(1, 500)[0]}
+
+    def fill(root: Any, put: Any) -> None:
+        put(root, "time_s", np.arange(500) / 50)
+        for name, data in values.items():
+            put(root, name, data)
+
+    recording, whole = opened(store(fill))
+    assert sorted(c.name for c in recording.channels) == ["T", "t"]
+    assert {c.sampling_rate for c in recording.channels} == {50.0}
+    for channel, data in zip(recording.channels, whole, strict=True):
+        np.testing.assert_array_equal(data, values[channel.name])
+
+
 def test_a_time_array_that_contradicts_the_rate(store: Callable[..., Path]) -> None:
     def fill(root: Any, put: Any) -> None:
         root.attrs["sampling_rate"] = 100.0

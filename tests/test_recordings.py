@@ -890,6 +890,25 @@ def test_an_ambiguous_name_is_a_clock_by_its_values(tmp_path: Path) -> None:
     refused(path, "no time column")
 
 
+def test_ambiguous_names_of_wall_clocks_and_counts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    stamps = 1_717_149_600_000 + np.cumsum(rng.integers(18, 23, 400))
+    path, _ = _even(tmp_path / "r.csv", stamps, "ts,ecg")
+    for rate in (None, 50.0):
+        recording, _ = opened(path, rate)
+        assert [c.name for c in recording.channels] == ["ecg"]
+        assert recording.start_time is not None
+    count = np.arange(600) // 30  # of epochs of 30 s
+    path, values = _even(tmp_path / "r.csv", count, "epoch,eda")
+    refused(path, "no time column", "--rate")
+    np.testing.assert_array_equal(opened(path, 1.0)[1], [count, values])
+    t = rng.normal(33, 1, 50)
+    np.savez(tmp_path / "r.npz", t=t, eda=t, sampling_rate=4.0)
+    assert [c.name for c in opened(tmp_path / "r.npz")[0].channels] == ["t", "eda"]
+    np.savez(tmp_path / "r.npz", t=np.arange(50) / 4, eda=t, sampling_rate=4.0)
+    assert [c.name for c in opened(tmp_path / "r.npz")[0].channels] == ["eda"]
+
+
 def test_the_steadier_of_two_clocks(tmp_path: Path) -> None:
     times = np.arange(400) / 50
     back = np.random.default_rng(5).uniform(0, 10, 400).round(3)

@@ -31,11 +31,12 @@ from normwear_fast.recordings.base import (
     rechunk,
     refusing,
 )
-from normwear_fast.recordings.clock import TimeColumn, time_column, wall_clock
+from normwear_fast.recordings.clock import TimeColumn, choose_clock, time_column, wall_clock
 from normwear_fast.recordings.parts import PartedRecording
 from normwear_fast.recordings.table import TableRecording
 
 _PIECE = 65536  # samples read at a time, or a chunk of the file where that is longer
+_FIRST = 4096  # values of which a clock is told from a channel
 _SMALL = 65536  # bytes an array beside the data (rates, names) may have
 _SETTINGS = ("sampling_rate", "channels", "units")
 CHUNK_BYTES = 512 << 20
@@ -149,7 +150,7 @@ class ArrayRecording(PartedRecording):
         whole = {one.group for one in numeric if one.name == "data"}
         signals: list[StoredArray] = []
         for one in numeric:
-            if len(one.shape) == 1 and time_column(one.name) is not None:
+            if len(one.shape) == 1 and self._time_column(one) is not None:
                 continue
             if one.group in whole and one.name != "data":
                 self.notes += (f"{one.path} stands beside data and is left out",)
@@ -188,6 +189,21 @@ class ArrayRecording(PartedRecording):
             )
         return rate
 
+    def _time_column(self, one: StoredArray) -> TimeColumn | None:
+        """A time array by its name; by its first values too, if the name may mean a channel."""
+        column = time_column(one.name)
+        if (
+            column is None
+            or column.sure
+            or len(one.shape) != 1
+            or one.array.dtype.kind not in "iuf"
+        ):
+            return column
+        one.check()
+        with refusing(self.path, f"{one.path} is damaged"):
+            values = np.asarray(one.array[:_FIRST], dtype=np.float64)
+        return None if choose_clock([column], [values], None)[0] is None else column
+
     def _clock(self, one: StoredArray, tree: Tree) -> StoredArray | None:
         """The time array of the same group and length; of several, the one with the best name."""
         found = [
@@ -197,7 +213,7 @@ class ArrayRecording(PartedRecording):
             and other.shape == one.shape[-1:]
             and other is not one
             and other.array.dtype.kind in "iuf"
-            and (column := time_column(other.name)) is not None
+            and (column := self._time_column(other)) is not None
         ]
         return max(found, key=lambda each: each[:2])[2] if found else None
 

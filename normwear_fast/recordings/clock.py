@@ -115,7 +115,8 @@ def choose_clock(
     In this order: a column that never goes back, that moves, whose title is a time's and nothing
     else's, whose steps are regular, whose unit is known, that stands further left. A column whose
     title may mean something else ("t") has to be a clock by its values: it never goes back, moves,
-    and its steps are regular; with the user's rate they are all but equal.
+    and is of wall-clock size, or its steps are regular, without repeats; with the user's rate they
+    are all but equal.
 
     Args:
         candidates: from left to right.
@@ -128,7 +129,7 @@ def choose_clock(
     ranks: list[tuple[bool, ...]] = []
     channels: list[int] = []
     for place, (column, values) in enumerate(zip(candidates, times, strict=True)):
-        forward = moves = regular = known = even = True
+        forward = moves = regular = known = steady = True
         if values is not None:
             values = values[np.isfinite(values)]
             steps = np.diff(values)
@@ -137,14 +138,13 @@ def choose_clock(
             if moves:
                 low, median, high = np.percentile(moved, [5, 50, 95])
                 regular = median / 4 <= low and high <= 4 * median
-                even = high - low <= 0.1 * median
                 first = float(values[0])
-                known = column.seconds is not None or any(
-                    wall_clock(first * unit) for unit in (1.0, 1e-3, 1e-6, 1e-9)
-                )
+                wall = any(wall_clock(first * unit) for unit in (1.0, 1e-3, 1e-6, 1e-9))
+                known = wall or column.seconds is not None
+                even = given is None or high - low <= 0.1 * median
+                steady = wall or (regular and even and steps.size < SHARED * moved.size)
         ranks.append((forward, moves, column.sure, regular, known))
-        clock = forward and moves and regular and (even or given is None)
-        if not column.sure and not clock:
+        if not column.sure and not (forward and moves and steady):
             channels.append(place)
     clocks = [place for place in range(len(candidates)) if place not in channels]
     return max(clocks, key=lambda place: ranks[place], default=None), channels

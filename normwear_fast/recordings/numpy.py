@@ -21,7 +21,7 @@ from normwear_fast.recordings.base import (
     rechunk,
     register,
 )
-from normwear_fast.recordings.clock import time_column
+from normwear_fast.recordings.clock import choose_clock, time_column
 
 _SMALL = 1 << 20  # bytes an array beside the data (rates, names) may have
 _PIECE = 65536  # samples read at a time from a member
@@ -149,7 +149,7 @@ class NpzRecording(Recording):
             for name, header in headers.items():
                 if name in small or len(header.shape) != 1 or header.dtype.kind not in "iufb":
                     continue
-                if time_column(name) is not None:
+                if self._is_clock(name):
                     self.notes += (f"array {name!r} is a clock and left out",)
                     continue
                 _check_signal(header, f"{path}: {name}")
@@ -165,6 +165,14 @@ class NpzRecording(Recording):
         units = self._texts(small, "units", [""] * len(names))
         rates = self._rates(small.get("sampling_rate"), sampling_rate, len(names))
         self.channels = tuple(map(Channel, names, units, rates, lengths))
+
+    def _is_clock(self, name: str) -> bool:
+        """By its name; by its first values too, if the name may mean a channel."""
+        column = time_column(name)
+        if column is None or column.sure:
+            return column is not None
+        first = next(self._stream(name, 0), np.empty(0))
+        return choose_clock([column], [first], None)[0] is not None
 
     def _header(self, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Header:
         where = f"{self.path}: {info.filename.removesuffix('.npy')}"
