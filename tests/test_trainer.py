@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from helpers import full_disk
 from test_pretrain import TINY
 
 import normwear_fast.pretrain.data as pretrain_data
@@ -250,6 +251,16 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch
     with pytest.raises(OutputError, match=r"run: cannot be written \(Read-only file system\)"):
         pretrain(Waves(), TINY, SETTINGS, tmp_path / "run", run=CPU)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    """In whatever file: the weights' checkpoint, the curves, TensorBoard's; nothing stays by halves."""
+    for size in (10, 300, 5000):
+        folder = tmp_path / str(size)
+        with full_disk(size), pytest.raises(OutputError, match="cannot be written"):
+            pretrain(Waves(), TINY, SETTINGS, folder, run=CPU)
+        assert not {"checkpoint.pt", "model.safetensors"} & {path.name for path in folder.iterdir()}
+    assert pretrain(Waves(), TINY, SETTINGS, folder, run=CPU).step == SETTINGS.steps
 
 
 # -- numbers that are none -------------------------------------------------------------------------

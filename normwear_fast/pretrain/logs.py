@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +47,21 @@ class Log:
         self.last_losses(1)  # a damaged curve is refused before anything is written
         for name in (STEPS_FILE, PROBES_FILE):
             _keep_rows(folder / name, step)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         try:
             self._board = SummaryWriter(
                 str(folder / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
             )
         except OSError as error:
+            threading.excepthook = self._hook
             where = folder / TENSORBOARD
             raise OutputError(f"{where}: cannot be written ({one_line(error)})") from None
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises what its next call raises again: one traceback less."""
+        ours = type(failed.thread).__name__ == "_AsyncWriterThread"
+        if not (ours and isinstance(failed.exc_value, OSError)):
+            self._hook(failed)
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends a row, which has ``step``, to a CSV of that name."""
@@ -64,16 +74,18 @@ class Log:
                 writer.writerow(row)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({one_line(error)})") from None
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{path.stem}/{key}", value, int(row["step"]))
+        with self._drawing():
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{path.stem}/{key}", value, int(row["step"]))
 
     def picture(self, name: str, figure: Figure, step: int) -> Path:
         """Saves a figure as a PNG, and shows it in TensorBoard."""
         from normwear_fast import plots
 
         path = plots.save(figure, self.folder / PICTURES / f"{name}-{step:06d}.png")
-        self._board.add_figure(name, figure, step)
+        with self._drawing():
+            self._board.add_figure(name, figure, step)
         return path
 
     def last_losses(self, count: int) -> list[float]:
@@ -85,7 +97,18 @@ class Log:
         return [loss for loss in losses if math.isfinite(loss)][-count:]
 
     def close(self) -> None:
-        self._board.close()
+        with contextlib.suppress(OSError):  # the curves are in the CSV files too
+            self._board.close()
+        threading.excepthook = self._hook
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """TensorBoard's writer says in one call what went wrong in its thread after another."""
+        try:
+            yield
+        except OSError as error:
+            where = self.folder / TENSORBOARD
+            raise OutputError(f"{where}: cannot be written ({one_line(error)})") from None
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
