@@ -1071,3 +1071,22 @@ def test_opening_reads_little(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 12e6, path
+
+
+def test_a_heap_cut_by_zeros(tmp_path: Path) -> None:
+    """Found by a random damage: the library walks such a heap for ever, and cannot be interrupted."""
+
+    def fill(root: Any, put: Any) -> None:
+        put(root, "data", signal(2, 600))
+        root.attrs["sampling_rate"] = 50.0
+        root.attrs["channels"] = ["first", "second"]
+
+    path = write_h5(tmp_path / "a.h5", fill)
+    with open_recording(path) as recording:
+        assert [channel.name for channel in recording.channels] == ["first", "second"]
+    content = bytearray(path.read_bytes())
+    place = content.index(b"GCOL")
+    content[place + 16 : place + 300] = bytes(284)
+    path.write_bytes(bytes(content))
+    with pytest.raises(RecordingError, match=f"a.h5: is damaged: the heap at byte {place} is cut"):
+        open_recording(path)

@@ -7,6 +7,7 @@ external storage and virtual datasets are refused.
 from __future__ import annotations
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from normwear_fast.recordings.base import refusing, register
 
 _OBJECTS = 10_000
 _DEPTH = 32
+_SEARCHED = 64 * 2**20
+"""Bytes at either end of a file that are searched for damaged heaps; attributes' texts lie near one."""
 
 
 @register(".h5", ".hdf5", ".hdf", ".he5")
@@ -35,6 +38,7 @@ class Hdf5Recording(ArrayRecording):
 
         self.path = path
         with refusing(path, "is no HDF5 file, or damaged"):
+            _check_heaps(path)
             # No lock: archives are often mounted read-only or without locks.
             self._file = h5py.File(path, "r", locking=False)
         try:
@@ -121,3 +125,36 @@ class _NotRead:
 
     def __getitem__(self, key: Any) -> Any:
         return self._dataset[key]
+
+
+def _check_heaps(path: Path) -> None:
+    """Refuses a file whose texts' heap holds free space of no size: the library walks it for ever.
+
+    Seen with HDF5 1.14 where 200 bytes of a file were zeroed; it cannot be interrupted. A global heap
+    (HDF5 File Format Specification, III.E): "GCOL", version 1, three zeros, its size, then objects
+    of index, 2 bytes, count, 2, zeros, 4, size, 8, and so many bytes to a multiple of 8; index 0 is
+    free space, its size that of all of it.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+        if len(start) < 16 or start[:8] != b"\x89HDF\r\n\x1a\n":
+            return  # no HDF5, which the library says, or behind a user block: rare, not searched
+        if start[14 if start[8] < 2 else 10] != 8:
+            return  # lengths of other than 8 bytes: likewise
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for first in {0, max(0, len(data) - _SEARCHED)}:
+                place = data.find(b"GCOL\1\0\0\0", first, first + _SEARCHED)
+                while place >= 0:
+                    _check_heap(path, data, place)
+                    place = data.find(b"GCOL\1\0\0\0", place + 8, first + _SEARCHED)
+
+
+def _check_heap(path: Path, data: mmap.mmap, place: int) -> None:
+    stop = min(len(data), place + int.from_bytes(data[place + 8 : place + 16], "little"))
+    at = place + 16
+    while at + 16 <= stop:
+        size = int.from_bytes(data[at + 8 : at + 16], "little")
+        free = data[at : at + 2] == b"\0\0"
+        if free and size == 0:
+            raise RecordingError(f"{path}: is damaged: the heap at byte {place} is cut by zeros")
+        at += size if free else 16 + -(-size // 8) * 8
