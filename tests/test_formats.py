@@ -1005,6 +1005,16 @@ def hostile_pickles(victim: Path) -> dict[str, bytes]:
     }
 
 
+def test_pickles_of_an_unknown_version(tmp_path: Path) -> None:
+    """Found by random damage: what NumPy refuses is not read by guess."""
+    data = signal(2, 390, np.float16)
+    good = pickle.dumps({"uid": "u1", "data": data, "sampling_rate": 65, "label": [{"class": 1}]})
+    assert good.count(b"K\x03") == 1  # the dtype's version
+    (tmp_path / "a.pkl").write_bytes(good.replace(b"K\x03", b"K\x43"))
+    with pytest.raises(RecordingError, match="a NumPy dtype of an unknown version"):
+        open_recording(tmp_path / "a.pkl")
+
+
 @pytest.mark.parametrize("kind", list(hostile_pickles(Path("x"))))
 def test_hostile_pickles(tmp_path: Path, kind: str) -> None:
     victim = tmp_path / "ran"

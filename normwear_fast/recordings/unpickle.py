@@ -54,6 +54,8 @@ class _Dtype:
             raise pickle.UnpicklingError(f"a NumPy array of dtype {self.dtype}")
 
     def set_state(self, state: Any) -> None:
+        if state[0] not in range(5):
+            raise pickle.UnpicklingError("a NumPy dtype of an unknown version")
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
             raise pickle.UnpicklingError("a NumPy array of a structured dtype")
@@ -67,7 +69,9 @@ class _Array(np.ndarray):
     """An array being rebuilt; its state is checked before NumPy sees it."""
 
     def set_state(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
+        version, shape, dtype, fortran, raw = state
+        if version not in (0, 1):
+            raise pickle.UnpicklingError("a NumPy array of an unknown version")
         if not isinstance(dtype, _Dtype):
             raise pickle.UnpicklingError("an array without a plain dtype")
         raw = _raw(raw)
