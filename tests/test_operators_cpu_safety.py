@@ -839,11 +839,12 @@ def test_fuzz_arguments_that_do_not_fit(data):
         assert new.untouched()
         return
     assert new.untouched()
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in given.values()):
+        return  # torch writes nothing then, and says nothing
     for mine, expected in zip(got, run(operator, None, **twin), strict=True):
+        close = operator != "quantise_rows" and mine.dtype in (torch.float32, torch.float64)
+        tolerance = 1e-4 if close else 3e-2
         assert mine.shape == expected.shape
-        if mine.device.type != "meta":
-            close = operator != "quantise_rows" and mine.dtype in (torch.float32, torch.float64)
-            tolerance = 1e-4 if close else 3e-2
-            assert torch.allclose(
-                mine.double(), expected.double(), tolerance, tolerance, equal_nan=True
-            )
+        assert torch.allclose(
+            mine.double(), expected.double(), tolerance, tolerance, equal_nan=True
+        )
