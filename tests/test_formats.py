@@ -1005,13 +1005,24 @@ def hostile_pickles(victim: Path) -> dict[str, bytes]:
     }
 
 
-def test_pickles_of_an_unknown_version(tmp_path: Path) -> None:
-    """Found by random damage: what NumPy refuses is not read by guess."""
+@pytest.mark.parametrize(
+    ("written", "damaged", "word"),
+    [
+        (b"K\x03", b"K\x43", "a NumPy dtype of an unknown version"),
+        (b"K\x00t", b"K\x02t", "a NumPy dtype of another size or with flags"),
+        (b"C\x01b", b"C\x01`", "an array that is not built NumPy's way"),
+    ],
+)
+def test_what_numpy_refuses_is_not_read_by_guess(
+    tmp_path: Path, written: bytes, damaged: bytes, word: str
+) -> None:
+    """Found by random damage."""
     data = signal(2, 390, np.float16)
-    good = pickle.dumps({"uid": "u1", "data": data, "sampling_rate": 65, "label": [{"class": 1}]})
-    assert good.count(b"K\x03") == 1  # the dtype's version
-    (tmp_path / "a.pkl").write_bytes(good.replace(b"K\x03", b"K\x43"))
-    with pytest.raises(RecordingError, match="a NumPy dtype of an unknown version"):
+    sample = {"uid": "u1", "data": data, "sampling_rate": 65, "label": [{"class": 1}]}
+    good = pickle.dumps(sample, 4)
+    assert good.count(written) == 1
+    (tmp_path / "a.pkl").write_bytes(good.replace(written, damaged))
+    with pytest.raises(RecordingError, match=word):
         open_recording(tmp_path / "a.pkl")
 
 

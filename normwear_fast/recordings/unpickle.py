@@ -57,8 +57,12 @@ class _Dtype:
         if state[0] not in range(5):
             raise pickle.UnpicklingError("a NumPy dtype of an unknown version")
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
-        if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
+        fields, sizes = state[2:5], tuple(state[5:8])
+        if order not in ("<", ">", "|", "=") or any(part is not None for part in fields):
             raise pickle.UnpicklingError("a NumPy array of a structured dtype")
+        # Item size, alignment and flags are what the code says.
+        if sizes not in ((), self.dtype.__reduce__()[2][5:8]):
+            raise pickle.UnpicklingError("a NumPy dtype of another size or with flags")
         if order == "<":
             self.dtype = self.dtype.newbyteorder("<")
         elif order == ">":
@@ -103,7 +107,7 @@ def _raw(value: Any) -> bytes:
 def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
     # NumPy itself writes shape (0,) here and fills the array by its state; a pickle that asks
     # for more only wants memory.
-    if kind is not _NDARRAY or _shape(shape) != (0,):
+    if kind is not _NDARRAY or _shape(shape) != (0,) or code not in ("b", b"b"):
         raise pickle.UnpicklingError("an array that is not built NumPy's way")
     return np.empty(0, dtype=np.uint8).view(_Array)
 
