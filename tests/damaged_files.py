@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from damaged_reader import peak_resident
 
 MEMORY = 8 << 30  # bytes of address space; the libraries alone map some 5 GB
 GROWTH = 300 << 10  # kB that reading one small file may add to the most that was resident
@@ -717,7 +718,7 @@ def main() -> None:
     read: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_resident()
         name = request["name"]
         try:
             if "write" in request:
@@ -725,7 +726,7 @@ def main() -> None:
                 answer = {"class": "written", "path": str(path)}
             else:
                 answer = outcome(name, Path(request["path"]), Path(request["damaged"]))
-                grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+                grown = peak_resident() - before
                 if grown > GROWTH and name in read:
                     answer = {"class": "memory", "why": f"{grown >> 10} MB more resident"}
                 read.add(name)  # from now on its libraries are imported
