@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from damaged_reader import peak_resident
+from helpers import write_llama
 
 MEMORY = 8 << 30  # bytes of address space; the libraries alone map some 5 GB
 GROWTH = 300 << 10  # kB that reading one small file may add to the most that was resident
@@ -480,38 +481,13 @@ def read_wording(path: Path) -> None:
 WORDS = ["yes", "no", "a", "person", "is", "walking", "?"]
 
 
-def write_llama(folder: Path) -> Path:
-    """A Llama of 24 channels and a word tokenizer."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    path = folder / "text"
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-    )
-    transformers.LlamaModel(config).save_pretrained(path)
-    return path
+def write_text_encoder(folder: Path) -> Path:
+    return write_llama(folder / "text", WORDS)
 
 
 def write_sentences(folder: Path) -> Path:
     """The same as a sentence-transformers folder."""
-    path = write_llama(folder)
+    path = write_text_encoder(folder)
     modules = [
         {"idx": i, "name": str(i), "path": where, "type": f"sentence_transformers.models.{kind}"}
         for i, (where, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
@@ -667,7 +643,9 @@ CASES: dict[str, Case] = {
     "weights_pth_legacy": pickled(_use_new_zipfile_serialization=False),
     "fusion": Case(write_fusion, read_fusion),
     "wording": Case(write_wording, read_wording),
-    "text_encoder": Case(write_llama, read_text_encoder, slow=True),
+    "text_encoder": Case(
+        lambda folder: write_llama(folder / "text", WORDS), read_text_encoder, slow=True
+    ),
     "sentence_encoder": Case(write_sentences, read_text_encoder, slow=True),
     "finetuned": Case(write_finetuned, read_finetuned),
     "features_cached": Case(write_features, read_features),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,40 @@ def _recipe_weights(config: NormWearConfig, weight_seed: int) -> dict[str, Tenso
 def golden_weights(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """The state dict a reference file was made with; kept, since the released size takes seconds."""
     return _recipe_weights(golden_config(arrays), int(arrays["weight_seed"]))
+
+
+def write_llama(path: Path, words: Sequence[str]) -> Path:
+    """A Llama of 24 channels and a word tokenizer without a pad token, as a folder."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+    )
+    transformers.LlamaModel(config).save_pretrained(path)
+    return path
+
+
+def ends(child: BaseProcess, seconds: float = 30) -> bool:
+    """Whether a process ends by itself; one that does not is killed."""
+    child.join(seconds)
+    alive = child.is_alive()
+    if alive:
+        child.kill()
+        child.join()
+    return not alive

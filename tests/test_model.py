@@ -535,3 +535,15 @@ def test_a_missing_native_engine_is_said_once(monkeypatch: pytest.MonkeyPatch) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backends.select_backend("auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("offset", "bound"), [(0.0, 2e-5), (260.0, 5e-2)])
+def test_scipys_scalogram_in_float32(offset: float, bound: float) -> None:
+    """What README says of it: float64 in the published code, float32 in the fast path."""
+    model = tiny(optimized_cwt=False)
+    t = np.arange(390) / 65
+    x = (1e3 if offset else 1.0) * (offset + np.sin(2 * np.pi * 1.3 * t + np.arange(2)[:, None]))
+    x = x[None].astype(np.float32)
+    plain = model.get_embedding(x).detach()
+    fast = model.requires_grad_(False).get_embedding(x)
+    assert 0 < (fast - plain).abs().max() < bound

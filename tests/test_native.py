@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers import ends
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -230,10 +231,5 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
     result = context.SimpleQueue()
     child = context.Process(target=_gather_in_child, args=(result,))
     child.start()
-    child.join(30)
-    alive = child.is_alive()
-    if alive:
-        child.kill()
-        child.join()
-    assert not alive
+    assert ends(child)
     assert result.get() == windows.sum()

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ends
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -318,12 +319,7 @@ def test_a_forked_child_packs_weights():
     result = context.SimpleQueue()
     child = context.Process(target=_pack_in_child, args=(weight, result))
     child.start()
-    child.join(30)
-    alive = child.is_alive()
-    if alive:
-        child.kill()
-        child.join()
-    assert not alive
+    assert ends(child)
     assert result.get() == packed.bytes
 
 

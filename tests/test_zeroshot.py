@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import full_disk, golden, recipe_state_dict
+from helpers import full_disk, golden, recipe_state_dict, write_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -361,31 +361,8 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 24 channels and a word tokenizer without a pad token, as a folder."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    folder = tmp_path_factory.mktemp("llama")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-    )
-    transformers.LlamaModel(config).save_pretrained(folder)
-    return folder
+    pytest.importorskip("transformers")
+    return write_llama(tmp_path_factory.mktemp("llama"), WORDS)
 
 
 SENTENCES = [
