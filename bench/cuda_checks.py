@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast import cuda_backend, ingest, operators
+from normwear_fast import cuda_backend, ingest, linear_float8, operators
+from normwear_fast.linear_float8 import FLOAT8, INNER
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, sequence_tokens
 
@@ -34,10 +35,20 @@ ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ["-std=c++17", "-O3"]
 EXTRA = {"ingest": ["-fmad=false"]}
 
-THREADS = {"residual_norm_kernel": 128, "tokenize_kernel": 192, "ingest_kernel": 256}
+THREADS = {
+    "residual_norm_kernel": 128,
+    "tokenize_kernel": 192,
+    "ingest_kernel": 256,
+    "linear_float8_kernel": 384,
+}
 """Of a block, as in the kernels' launch bounds."""
 
-BLOCKS = {"residual_norm_kernel": 1, "tokenize_kernel": 3, "ingest_kernel": 2}
+BLOCKS = {
+    "residual_norm_kernel": 1,
+    "tokenize_kernel": 3,
+    "ingest_kernel": 2,
+    "linear_float8_kernel": 1,
+}
 """Of a multiprocessor at once, as in the launch bounds (1: none given)."""
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
@@ -65,7 +76,8 @@ def compile_report(cache: Path = ROOT / "build" / "cuda-report") -> list[dict[st
 
     Returns:
         Per kernel and architecture: source, kernel (with its template arguments, mangled), arch,
-        registers, stack, spill_stores, spill_loads, shared (static bytes), and, where a
+        registers, stack, spill_stores, spill_loads, shared (static bytes), serialized (codes of
+        the compiler's notes that it waits for products it need not wait for), and, where a
         disassembler was found, instructions (name to count) of global and local memory and of
         tensor cores. Kept in ``cache`` for unchanged sources and compiler.
 
@@ -115,8 +127,11 @@ def compile_report(cache: Path = ROOT / "build" / "cuda-report") -> list[dict[st
 
 def _short(mangled: str) -> str:
     """'tokenize_kernel IfLb0E' of its mangled name: the template's arguments after the space."""
-    match = re.search(r"\d([a-z_]+_kernel)(?:(I.*E)EEv|E)", mangled)
-    return " ".join(filter(None, match.groups())) if match else mangled
+    pattern = r"(?=([a-z][a-z0-9_]*_kernel)(?:(I.*E)EEv|E))"
+    for match in re.finditer(pattern, mangled):
+        if mangled[: match.start()].endswith(str(len(match[1]))):  # a name follows its length
+            return " ".join(filter(None, match.groups()))
+    return mangled
 
 
 def _ptxas(log: str) -> Iterator[dict[str, Any]]:
@@ -128,6 +143,7 @@ def _ptxas(log: str) -> Iterator[dict[str, Any]]:
     )
     for name, arch, stack, stores, loads, registers, rest in pattern.findall(log):
         shared = re.search(r"(\d+) bytes smem", rest)
+        notes = re.findall(rf"\((C75\d\d)\)[^\n]*function '{name}'", log)
         yield {
             "kernel": _short(name),
             "arch": arch,
@@ -136,6 +152,7 @@ def _ptxas(log: str) -> Iterator[dict[str, Any]]:
             "spill_stores": int(stores),
             "spill_loads": int(loads),
             "shared": int(shared.group(1)) if shared else 0,
+            "serialized": notes if arch == "sm_90a" else [],
         }
 
 
@@ -153,7 +170,7 @@ def _instructions(target: Path) -> dict[tuple[str, str], dict[str, int]]:
         elif match := re.search(r"Function : (\w+)", line):
             kernel = _short(match.group(1))
             counts[arch, kernel] = {}
-        elif match := re.search(r"\b((?:LDG|STG|LDL|STL|HMMA)[A-Z0-9._]*)", line):
+        elif match := re.search(r"\b((?:LDG|STG|LDL|STL|HMMA|QGMMA)[A-Z0-9._]*)", line):
             found = counts[arch, kernel]
             found[match.group(1)] = found.get(match.group(1), 0) + 1
     return counts
@@ -181,6 +198,11 @@ def checks() -> list[tuple[str, Check]]:
             for tf32 in (False, True):
                 name = f"tokenize {method} {residual} {'tf32' if tf32 else 'float32'}"
                 found.append((name, _tokenize_check(method, residual, tf32)))
+    if linear_float8.fits(torch.device("cuda"), INNER, 3072):
+        for columns in (384, 3072):
+            for rows in (1, 560, 4099, 70_001):
+                name = f"{rows} rows to {columns}"
+                found.append((f"linear_float8 {name}", _linear_float8_check(rows, columns)))
     for implementation in ("cuda", "cupy"):
         for rate in (64.0, 65.0, 117.096, 360.0, 4000.0):
             for preprocess in ("none", "reference"):
@@ -230,6 +252,42 @@ def _norm_check(
         if not torch.equal(results[1], expected):
             error = float("inf")
         return {"error": error, "bound": bound, "stable": stable}
+
+    return check
+
+
+def _float8_operands(rows: int, columns: int) -> tuple[Tensor, Tensor, linear_float8.Float8Linear]:
+    """Rows as a norm leaves them, and weights of very different size."""
+    x = F.layer_norm(torch.randn(rows, INNER, device="cuda"), (INNER,))
+    weight = torch.randn(columns, INNER, device="cuda") / INNER**0.5
+    weight *= torch.logspace(-2, 1, columns, device="cuda")[:, None]
+    bias = torch.randn(columns, device="cuda")
+    return *linear_float8.quantise_columns(x), linear_float8.Float8Linear.of(weight, bias)
+
+
+def _linear_float8_check(rows: int, columns: int) -> Check:
+    def check() -> dict[str, float]:
+        x, scale, linear = _float8_operands(rows, columns)
+
+        def run() -> tuple[Tensor, ...]:
+            held = torch.full((rows + 1, columns), torch.nan, device="cuda").to(FLOAT8)
+            linear_float8.linear_float8(x, scale, linear, out=held[:rows])
+            if not bool(held[rows].float().isnan().all()):
+                held[:] = torch.nan  # wrote past its rows
+            return (held[:rows],)
+
+        (got,), stable = _twice(run)
+        places = linear_float8.order(columns, x.device)
+        # Tensor cores keep some 14 bits of the largest term of a float8 sum of 32.
+        lost = linear.scale * linear.weight.float().norm(dim=1) * INNER**0.5 * 2**-13
+        absolute = (lost * linear.factor.float() + 2**-9)[places]
+        worst = 0.0
+        for first in range(0, rows, 8192):
+            part = slice(first, first + 8192)
+            exact = linear_float8.linear_float8_ref(x[part], scale[part], linear).float()
+            error = (got[part].float() - exact).abs() / (absolute + 2**-3 * exact.abs())
+            worst = max(worst, float(error.max().nan_to_num(nan=torch.inf)))
+        return {"error": worst, "bound": 1.0, "stable": stable}
 
     return check
 
@@ -365,6 +423,12 @@ def timings() -> list[dict[str, Any]]:
         seconds = _seconds(tokens)
         name = f"tokenize {'tf32' if tf32 else 'float32'}"
         found.append({"name": name, "seconds": seconds, "seconds_a_channel": seconds / 234})
+    if linear_float8.fits(torch.device("cuda"), INNER, 3072):
+        x, scale, linear = _float8_operands(131_040, 3072)
+        out8 = torch.empty(131_040, 3072, device="cuda", dtype=FLOAT8)
+        seconds = _seconds(lambda: linear_float8.linear_float8(x, scale, linear, out=out8))
+        flops = 2.0 * out8.numel() * INNER
+        found.append({"name": "linear_float8", "seconds": seconds, "flops_per_s": flops / seconds})
     raw = torch.randint(-9000, 9000, (8, 360 * 6 * 64), dtype=torch.int16, device="cuda")
     starts = np.arange(64) * 360 * 6
 

@@ -32,8 +32,9 @@ from bench.kernels import SEQUENCES, linear_gelu
 from bench.kernels.measure import AHEAD, copy_bandwidth, run_ahead, seconds
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast import benchmarking as benchmarks
-from normwear_fast.gpu import FLOAT8_CAPABILITY, MLP_CHOICES, quantise_columns, scaled_product
+from normwear_fast.gpu import FLOAT8_CAPABILITY, mlp_table, scaled_product
 from normwear_fast.kernels import tuning
+from normwear_fast.linear_float8 import quantise_columns
 from normwear_fast.operators import Pool
 from normwear_fast.packing import sequence_tokens
 
@@ -530,8 +531,7 @@ def _tune_mlp(bench: Bench) -> dict[str, float]:
             bucket.graphs.clear()
         return seconds(run, bench.device, bench.sizes.rounds)
 
-    table = {80: tuple(tuning.Choice(blocks) for blocks in MLP_CHOICES)}
-    return tuning.tune("mlp", "bfloat16", table, bench.device, timed)
+    return tuning.tune("mlp", "bfloat16", mlp_table(), bench.device, timed)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Backend:
     scatter_rows: Callable[..., None] = operators.scatter_rows
     linear_gelu: Callable[..., torch.Tensor] | None = None
     """gelu(x weight^T + bias) as one kernel, where the backend has one."""
+    linear_float8: Callable[..., torch.Tensor] | None = None
+    """The same of float8 operands, to float8, where the device has such a kernel."""
     encoder: Callable[..., Any] | None = None
     """Builds the layers with the backend's own products, from (folded, config, precision); None where
     the products are torch's."""

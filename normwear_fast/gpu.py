@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder
+from normwear_fast.linear_float8 import FLOAT8, Float8Linear, order, quantise_columns, takes
 from normwear_fast.operators import Pool
-from normwear_fast.packing import Layout, Segments, segment_tiles
+from normwear_fast.packing import Layout, Segments
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
-"""Largest finite value of e4m3: a row or column is scaled so that its largest size becomes this."""
+if TYPE_CHECKING:
+    from normwear_fast.kernels.tuning import Table
 
 FLOAT8_CAPABILITY = (8, 9)
 """Ada and Hopper are the first with 8-bit floating-point products."""
@@ -65,6 +65,70 @@ def table_size(sequences: int, rows: int) -> int:
     )
 
 
+TABLE_START = 32
+"""A table starts at a multiple of so many integers of its allocation: 128 bytes, a line of the caches.
+Triton compiles other code for pointers that are no multiple of 16."""
+
+SMALLEST_TILE = 16
+"""Rows of a kernel's smallest tiles: a bucket's allocation has room for a table of those."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a table is in its arena."""
+
+    chunk: int
+    part: slice
+
+
+class _Arena:
+    """Tables of integers on the device, at addresses that stay, in few allocations: one copy fills each.
+
+    Args:
+        size: integers of an allocation; a table that finds no room is given another.
+        device: of the tables.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self._chunks: list[Tensor] = []
+        self._used: list[int] = []
+
+    def place(self, size: int) -> tuple[_Place, Tensor]:
+        """A new table of so many integers, each of them -1."""
+        taken = -(-size // TABLE_START) * TABLE_START
+        # Filled inside and outside inference mode: must not be inference tensors.
+        with torch.inference_mode(False):
+            if not self._chunks or self._used[-1] + taken > len(self._chunks[-1]):
+                room = (max(self.size, taken),)
+                self._chunks.append(torch.full(room, -1, dtype=torch.int32, device=self.device))
+                self._used.append(0)
+            start = self._used[-1]
+            self._used[-1] += taken
+            place = _Place(len(self._chunks) - 1, slice(start, start + size))
+            return place, self._chunks[-1][place.part]
+
+    def staged(self) -> list[Tensor]:
+        """Host memory for all tables, an allocation each, -1 throughout: what `send` copies."""
+        return [self._host(used) for used in self._used]
+
+    def send(self, staged: Sequence[Tensor]) -> None:
+        """Every table's new contents; the copies wait for what runs on the current stream."""
+        for chunk, host in zip(self._chunks, staged, strict=True):
+            chunk[: len(host)].copy_(host, non_blocking=True)
+
+    def send_one(self, table: Tensor, values: NDArray[np.int32]) -> None:
+        """One table's, -1 after the values."""
+        host = self._host(len(table))
+        host.numpy()[: values.size] = values.reshape(-1)
+        table.copy_(host, non_blocking=True)
+
+    def _host(self, size: int) -> Tensor:
+        """Page-locked for a GPU: torch's allocator hands it out again only when its copy is done."""
+        on_gpu = self.device.type == "cuda"
+        return torch.full((size,), -1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+
+
 class FixedSegments:
     """Segments of any micro-batch that fits, in tables whose sizes and addresses never change.
 
@@ -76,81 +140,102 @@ class FixedSegments:
         rows: rows there is room for.
         longest: rows of a segment that launches should expect; any number is right, if not as fast.
         device: of the tables.
+        arena: where the tables are; by default one of their own.
     """
 
-    def __init__(self, capacity: int, rows: int, longest: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        rows: int,
+        longest: int,
+        device: torch.device,
+        arena: _Arena | None = None,
+    ) -> None:
         self.capacity, self.total, self.longest, self.device = capacity, rows, longest, device
-        # Filled inside and outside inference mode: must not be inference tensors.
-        with torch.inference_mode(False):
-            self.cu = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
-            self.index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+        self._shared = arena is not None
+        self._arena = arena or _Arena(self.room(capacity, rows), device)
+        self._cu, self.cu = self._arena.place(capacity + 1)
+        self.cu.zero_()
+        self._index, self.index = self._arena.place(capacity)
         """First row of each segment, -1 where there is none."""
-        self._tiles: dict[int, Tensor] = {}
-        self._lengths: tuple[int, ...] = ()
+        self._tiles: dict[int, tuple[_Place, Tensor]] = {}
+        self._segments = Segments((), device)
+
+    @staticmethod
+    def room(capacity: int, rows: int) -> int:
+        """Integers of the tables, with one of the smallest tiles."""
+        return 2 * (capacity + rows // SMALLEST_TILE) + 2 * capacity + 3 * TABLE_START
 
     def __len__(self) -> int:
         return self.capacity
 
     def fill(self, segments: Segments) -> None:
         """Takes a micro-batch's segments; the copies wait for what runs on the current stream."""
-        self._lengths = segments.lengths
-        bounds = np.full(self.capacity + 1, segments.total, dtype=np.int32)
-        bounds[: len(segments) + 1] = segments.bounds
-        self._write(self.cu, bounds)
-        index = np.full(self.capacity, -1, dtype=np.int32)
-        index[: len(segments)] = segments.bounds[:-1]
-        self._write(self.index, index)
-        for block in self._tiles:
-            self._write_tiles(block)
+        assert not self._shared, "a layout fills all that share its arena"
+        staged = self._arena.staged()
+        self.write([host.numpy() for host in staged], segments)
+        self._arena.send(staged)
+
+    def write(self, staged: Sequence[NDArray[np.int32]], segments: Segments) -> None:
+        """Puts a micro-batch's segments into what the arena is about to send, -1 so far."""
+        cu, index = _part(staged, self._cu), _part(staged, self._index)
+        count = len(segments)
+        cu[: count + 1] = segments.bounds
+        cu[count + 1 :] = segments.total
+        index[:count] = cu[:count]
+        for block, (place, _) in self._tiles.items():
+            real = segments.host_tiles(block)
+            _part(staged, place)[: real.size] = real.reshape(-1)
+        self._segments = segments
 
     def tiles(self, block: int) -> Tensor:
         """(rows // block + capacity, 2) int32, as `Segments.tiles`, filled up with -1."""
         if block not in self._tiles:
-            size = self.total // block + self.capacity
+            place, table = self._arena.place(2 * (self.total // block + self.capacity))
+            self._arena.send_one(table, self._segments.host_tiles(block))
             with torch.inference_mode(False):
-                self._tiles[block] = torch.empty((size, 2), dtype=torch.int32, device=self.device)
-            self._write_tiles(block)
-        return self._tiles[block]
+                self._tiles[block] = place, table.view(-1, 2)
+        return self._tiles[block][1]
 
-    def _write_tiles(self, block: int) -> None:
-        table = np.full((len(self._tiles[block]), 2), -1, dtype=np.int32)
-        real = segment_tiles(self._lengths, block)
-        table[: len(real)] = real
-        self._write(self._tiles[block], table)
 
-    def _write(self, target: Tensor, values: NDArray[np.int32]) -> None:
-        source = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            source = source.pin_memory()
-        target.copy_(source, non_blocking=True)
+def _part(staged: Sequence[NDArray[np.int32]], place: _Place) -> NDArray[np.int32]:
+    return staged[place.chunk][place.part]
 
 
 class FixedLayout:
     """Where everything stands in a bucket: what `packing.Layout` is to one micro-batch."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.sequences = FixedSegments(capacity, rows, LONG_SEQUENCE, device)
-        self.windows = FixedSegments(capacity, capacity, USUAL_CHANNELS, device)
-        self.ones = FixedSegments(capacity, capacity, 1, device)
+        room = FixedSegments.room(capacity, rows) + 2 * FixedSegments.room(capacity, capacity)
+        self._arena = _Arena(room, device)
+        self.sequences = FixedSegments(capacity, rows, LONG_SEQUENCE, device, self._arena)
+        self.windows = FixedSegments(capacity, capacity, USUAL_CHANNELS, device, self._arena)
+        self.ones = FixedSegments(capacity, capacity, 1, device, self._arena)
+        self._filled: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def cls_index(self) -> Tensor:
         return self.sequences.index
 
     def fill(self, layout: Layout) -> None:
-        self.sequences.fill(layout.sequences)
-        self.windows.fill(layout.windows)
-        self.ones.fill(layout.ones)
+        """Takes a micro-batch's layout; the copy waits for what runs on the current stream.
+
+        The tables stay as they are where the last micro-batch had the same one.
+        """
+        lengths = layout.sequences.lengths, layout.windows.lengths
+        if lengths == self._filled:
+            return
+        self._filled = None  # until everything is sent
+        staged = self._arena.staged()
+        arrays = [host.numpy() for host in staged]
+        self.sequences.write(arrays, layout.sequences)
+        self.windows.write(arrays, layout.windows)
+        self.ones.write(arrays, layout.ones)
+        self._arena.send(staged)
+        self._filled = lengths
 
 
 AnyLayout = Layout | FixedLayout
-
-
-def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as e4m3 with one float32 scale an output: weight ~ scale[:, None] * q."""
-    largest = weight.abs().amax(dim=1).float()
-    scale = torch.where(largest > 0, largest / FLOAT8_MAX, torch.ones_like(largest))
-    return (weight.float() / scale[:, None]).to(FLOAT8), scale
 
 
 def scaled_product(
@@ -196,23 +281,51 @@ class _Float8Block:
         return cls(*(quantise_columns(w) for w in (block.qkv, block.fc1, block.fc2)))
 
 
-MLP_CHOICES = (
-    {"ROWS": 0, "FUSED": 0},
-    {"ROWS": 0, "FUSED": 1},
-    {"ROWS": 4_224, "FUSED": 0},
-    {"ROWS": 8_448, "FUSED": 0},
-)
-"""Ways through the MLP in bfloat16, the default first; a GPU's measurement may choose another.
+@dataclass(frozen=True)
+class _FusedFloat8Block:
+    """The same where `linear_float8` makes the activations: fc2 takes its columns in the order they come
+    in, each with what it was multiplied by taken back."""
 
-Whole, the vendor's fc1, the activation in place, the vendor's fc2: the activation step alone reads and
-writes 12.3 KB a token, 4.2 ns at 2.9 TB/s, 28 us a channel over twelve layers beside the 134 us of an
-H100's ceiling. FUSED has it in fc1's epilogue, in a product of ours, and wins where that reaches 0.58
-of the vendor's rate (5.9 ns of 5.9 + 4.2). ROWS of 4,224 are 26 MB, which stay in an H100's 50 MB of
-L2 from one step to the next, and 33 x 12 tiles of 128 x 256 are 3 rounds of its 132
-multiprocessors; 8,448 are 6."""
+    qkv: tuple[Tensor, Tensor]
+    fc1: Float8Linear
+    fc2: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, block: FoldedBlock) -> _FusedFloat8Block:
+        fc1 = Float8Linear.of(block.fc1, block.fc1_bias)
+        fc2 = block.fc2.float() / fc1.factor.float()
+        places = order(fc2.shape[1], fc2.device)
+        return cls(quantise_columns(block.qkv), fc1, quantise_columns(fc2[:, places]))
+
+
+MLP_CHOICES: Mapping[int, Sequence[Mapping[str, int]]] = {
+    80: ({"FUSED": 0}, {"FUSED": 1}),
+    90: ({"FUSED": 1}, {"FUSED": 0}),
+}
+"""Ways through the MLP in bfloat16 by architecture, the default first; a GPU's measurement may choose
+another.
+
+The vendor's fc1, the activation in place, the vendor's fc2: the activation step reads and writes 12.3 KB
+a token, 4.2 ns at 2.9 TB/s beside fc1's 5.9. FUSED has it in fc1's epilogue, in a product of ours:
+1.04 ms a full micro-batch on an H200 where fc1 takes 0.82 and the activation 0.38 (2026-11-26). Over
+a whole run, where the power limit holds the clock, that is 0.5 %. Tiles of 4,224 and 8,448 rows, whose
+activations stay in the L2 cache, cost 4 %: the vendor's products lose more on so few rows."""
+
+FUSED_ROWS = 8_192
+"""Fewer rows take the vendor's fc1 and the activation after it, as one window's latency does: 1,792 rows
+make 336 tiles of 128 x 128, two rounds of the 264 programs that an H100 works at."""
+
+T = TypeVar("T")
 
 Take = Callable[[str, int, int, torch.dtype], Tensor]
 """A workspace's ``take(name, rows, width, dtype)``."""
+
+
+def mlp_table() -> Table:
+    """:data:`MLP_CHOICES` as a kernel's choices."""
+    from normwear_fast.kernels.tuning import Choice
+
+    return {key: tuple(Choice(blocks) for blocks in row) for key, row in MLP_CHOICES.items()}
 
 
 class GpuEncoder:
@@ -251,7 +364,16 @@ class GpuEncoder:
         last = len(folded.blocks) - 1
         self.blocks = [_cast(block, self.dtype) for block in folded.blocks]
         self.fusions = {i: _cast(block, self.dtype) for i, block in folded.fusions.items()}
-        self.float8_blocks = [_Float8Block.of(b) for b in folded.blocks] if self.float8 else []
+        self.fused8 = (
+            self.float8
+            and ops.linear_float8 is not None
+            and takes(config.embed_dim, folded.blocks[0].fc1.shape[0])
+        )
+        """Whether fp8's fc1 has bias and activation in its epilogue."""
+        self.float8_blocks: list[_Float8Block | _FusedFloat8Block] = []
+        if self.float8:
+            kind: Any = _FusedFloat8Block if self.fused8 else _Float8Block
+            self.float8_blocks = [kind.of(b) for b in folded.blocks]
         if self.float8:
             # Quantised blocks keep what stays in bfloat16; the last one serves `cls` pooling whole.
             empty = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -269,7 +391,7 @@ class GpuEncoder:
         self.carried_to_norm = folded.carried[-1] + self.fusion_constants.get(last, 0.0)
         """What a [CLS] row of its own buffer stands without at the final norm."""
         self.mlp = self._mlp_choice()
-        """How the MLP is arranged: a choice's blocks (:data:`MLP_CHOICES`)."""
+        """How the MLP is arranged: a choice's constants (:data:`MLP_CHOICES`)."""
         self.bucketed = bucketed
         self.captured = self.bucketed and self.device.type == "cuda"
         """Whether buckets are captured as graphs; their fixed tables are used all the same without."""
@@ -280,11 +402,10 @@ class GpuEncoder:
 
     def _mlp_choice(self) -> Mapping[str, int]:
         if self.ops.linear_gelu is None or self.precision != "bfloat16":
-            return {"ROWS": 0, "FUSED": 0}
-        from normwear_fast.kernels.tuning import Choice, pick
+            return {"FUSED": 0}
+        from normwear_fast.kernels.tuning import pick
 
-        table = {80: tuple(Choice(blocks) for blocks in MLP_CHOICES)}
-        return pick("mlp", self.precision, table, self.device).blocks
+        return pick("mlp", self.precision, mlp_table(), self.device).blocks
 
     # --- buckets ---------------------------------------------------------------------------------
 
@@ -310,8 +431,9 @@ class GpuEncoder:
         if buffer is None or buffer.numel() < size:
             self._drop_graphs()
             with torch.inference_mode(False):
-                # Zeros: a graph's rows past the real ones are computed too, and must be finite.
-                buffer = torch.zeros(size, dtype=dtype, device=self.device)
+                # A graph's rows past the real ones are computed too, and must be finite.
+                fill = torch.ones if name == "ones" else torch.zeros
+                buffer = fill(size, dtype=dtype, device=self.device)
             self._storage[name] = buffer
         return buffer[:size].view(rows, width)
 
@@ -421,8 +543,9 @@ class GpuEncoder:
             normed=self._take("normed", rows, width, FLOAT8 if self.float8 else self.dtype),
             qkv=self._take("qkv", rows, 3 * width, self.dtype),
             attended=self._take("attended", rows, width, self.dtype),
-            hidden=self._take("hidden", rows, hidden, self.dtype),
+            hidden=None if self.fused8 else self._take("hidden", rows, hidden, self.dtype),
             scale=self._take("scale", rows, 1, torch.float32)[:, 0] if self.float8 else None,
+            ones=self._take("ones", rows, 1, torch.float32)[:, 0] if self.fused8 else None,
             hidden8=self._take("hidden8", rows, hidden, FLOAT8) if self.float8 else None,
             update=self._update(rows),
         )
@@ -458,18 +581,15 @@ class GpuEncoder:
         self._mlp(x, block, norms[1], buffers)
 
     def _mlp(self, x: Tensor, block: FoldedBlock, carried: Tensor, buffers: _Buffers) -> None:
-        ops, rows = self.ops, len(x)
+        ops = self.ops
         normed = ops.residual_norm(x, carried, self.folded.layer_eps, out=buffers.normed)
-        tile = self.mlp["ROWS"] if rows > self.mlp["ROWS"] > 0 else rows
-        for first in range(0, rows, tile):
-            part = slice(first, min(first + tile, rows))
-            activation = buffers.hidden[: part.stop - first]
-            if ops.linear_gelu is not None and self.mlp["FUSED"]:
-                ops.linear_gelu(normed[part], block.fc1, block.fc1_bias, out=activation)
-            else:
-                torch.mm(normed[part], block.fc1.T, out=activation)
-                ops.bias_gelu(activation, block.fc1_bias)
-            x[part].addmm_(activation, block.fc2.T)
+        hidden = _present(buffers.hidden)
+        if ops.linear_gelu is not None and self.mlp["FUSED"] and len(x) >= FUSED_ROWS:
+            ops.linear_gelu(normed, block.fc1, block.fc1_bias, out=hidden)
+        else:
+            torch.mm(normed, block.fc1.T, out=hidden)
+            ops.bias_gelu(hidden, block.fc1_bias)
+        x.addmm_(hidden, block.fc2.T)
 
     def _block8(
         self,
@@ -483,12 +603,7 @@ class GpuEncoder:
         """`_block` with 8-bit operands; returns what fc2 leaves to be added."""
         ops, eps, width = self.ops, self.folded.layer_eps, x.shape[1]
         block, weights = self.blocks[i], self.float8_blocks[i]
-        normed, scale, hidden8, update = (
-            buffers.normed,
-            _present(buffers.scale),
-            _present(buffers.hidden8),
-            _present(buffers.update),
-        )
+        normed, scale, hidden8, update = buffers.float8()
         ops.residual_norm(x, norms[0], eps, update=pending, out=normed, scale=scale)
         qkv = scaled_product(normed, scale, *weights.qkv, buffers.qkv, block.qkv_bias)
         attended = self._attention(
@@ -496,7 +611,10 @@ class GpuEncoder:
         )
         x.addmm_(attended, block.proj.T)
         ops.residual_norm(x, norms[1], eps, out=normed, scale=scale)
-        activation = scaled_product(normed, scale, *weights.fc1, buffers.hidden, None)
+        if isinstance(weights, _FusedFloat8Block):
+            _present(ops.linear_float8)(normed, scale, weights.fc1, out=hidden8)
+            return scaled_product(hidden8, _present(buffers.ones), *weights.fc2, update, None)
+        activation = scaled_product(normed, scale, *weights.fc1, _present(buffers.hidden), None)
         ops.bias_gelu(activation, block.fc1_bias, out=hidden8, scale=scale)
         return scaled_product(hidden8, scale, *weights.fc2, update, None)
 
@@ -576,10 +694,16 @@ class _Buffers:
     normed: Tensor
     qkv: Tensor
     attended: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     scale: Tensor | None = None
+    ones: Tensor | None = None
     hidden8: Tensor | None = None
     update: Tensor | None = None
+
+    def float8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``normed``, ``scale``, ``hidden8`` and ``update``, which fp8's blocks have."""
+        scale, hidden8, update = (_present(t) for t in (self.scale, self.hidden8, self.update))
+        return self.normed, scale, hidden8, update
 
 
 class _Bucket:
@@ -602,9 +726,9 @@ def _check_precision(precision: str, device: torch.device) -> None:
             )
 
 
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+def _present(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 def _replaced(block: FoldedBlock, **tensors: Tensor) -> FoldedBlock:

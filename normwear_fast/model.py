@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +167,7 @@ class FastNormWear(ReferenceNormWear):
         self._watch: _Watch | None = None
         self._engines: dict[tuple[torch.device, str, str], Engine] = {}
         self._frozen: tuple[FoldedEncoder, str] | None = None
+        self._transfers: Transfers | None = None
         self._lock = threading.RLock()
         self._handle = register_model(self)
 
@@ -311,6 +312,7 @@ class FastNormWear(ReferenceNormWear):
         fresh: dict[str, Any] = {
             "_watch": None,
             "_engines": {},
+            "_transfers": None,
             "_lock": threading.RLock(),
             "_handle": register_model(twin),
         }
@@ -319,10 +321,11 @@ class FastNormWear(ReferenceNormWear):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_watch": None, "_engines": {}, "_lock": None}
+        return self.__dict__ | {"_watch": None, "_engines": {}, "_transfers": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._transfers = None
         self._lock = threading.RLock()
         self._handle = register_model(self)
 
@@ -516,6 +519,13 @@ class FastNormWear(ReferenceNormWear):
     def _window_tokens(self, shape: tuple[int, int]) -> int:
         return window_tokens(*shape, self.optimized_cwt, self.config)
 
+    def _transfer(self) -> Transfers:
+        device, dtype = self.device, self._series_dtype()
+        kept = self._transfers
+        if kept is None or (kept.device, kept.dtype) != (device, dtype):
+            self._transfers = kept = Transfers(device, dtype)
+        return kept
+
     def _run_unit(
         self,
         windows: Sequence[NDArray[np.float32]],
@@ -524,41 +534,102 @@ class FastNormWear(ReferenceNormWear):
         precision: str | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """(index, (C, E) or (C, T, E)) of every window of one work unit, micro-batch by micro-batch."""
+        shapes = [window.shape for window in windows]
+        units = [range(len(windows))]
+        return self._run_units(units, shapes, lambda i: windows[i], pool, batch_tokens, precision)
+
+    def _run_units(
+        self,
+        units: Iterable[range],
+        shapes: Sequence[tuple[int, ...]],
+        load: Callable[[int], NDArray[np.float32]],
+        pool: Pool,
+        batch_tokens: int | None,
+        precision: str | None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(index, (C, E) or (C, T, E)) of every window of many units, each as `_run_unit` has it.
+
+        The next unit's windows are loaded while the last one's are computed.
+
+        Args:
+            units: the windows of each; no micro-batch has windows of two.
+            shapes: of all windows as ``load`` gives them.
+            load: gives a window, when its micro-batch is next; it is not kept.
+        """
         if pool not in ("mean", "cls", "patch"):
             raise InputError(f"pool is {pool!r}; it must be 'mean', 'cls' or 'patch'")
-        shapes = []
-        for i, window in enumerate(windows):
-            if window.ndim != 2 or window.shape[0] == 0:
-                raise InputError(f"window {i} is {window.shape}; it must be (channels, samples)")
-            if window.shape[1] < MIN_SAMPLES:
+        transfers = self._transfer()
+        flying: deque[tuple[MicroBatch, Layout, Callable[[], Tensor]]] = deque()
+        for unit in units:
+            for batch, host in self._packed(unit, shapes, load, batch_tokens, transfers):
+                with self._lock, torch.inference_mode():
+                    engine = self._engine(precision)
+                    layout = self._layout(
+                        [cast("tuple[int, int]", shapes[i]) for i in batch.windows]
+                    )
+                    out = engine.run(transfers.send(host, busy=bool(flying)), layout, pool)
+                    flying.append((batch, layout, transfers.fetch(out)))
+                    del out
+                    engine.release(WORKSPACE_BYTES.get(self.device.type, 0))
+                if len(flying) > transfers.in_flight:
+                    yield from self._arrived(*flying.popleft(), pool)
+        while flying:
+            yield from self._arrived(*flying.popleft(), pool)
+
+    def _packed(
+        self,
+        unit: range,
+        shapes: Sequence[tuple[int, ...]],
+        load: Callable[[int], NDArray[np.float32]],
+        batch_tokens: int | None,
+        transfers: Transfers,
+    ) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """A unit's micro-batches and their packed samples, each loaded when it is asked for."""
+        try:
+            for batch in self._plan(unit, shapes, batch_tokens):
+                windows = [load(i) for i in batch.windows]
+                assert all(
+                    w.shape == shapes[i] for w, i in zip(windows, batch.windows, strict=True)
+                )
+                host = transfers.pack(windows)
+                del windows
+                yield batch, host
+        except InputError as error:
+            # Of several windows that are wrong the first is named, as if all had been loaded at once.
+            raise _first_error(unit, load) or error from None
+
+    def _plan(
+        self, unit: range, shapes: Sequence[tuple[int, ...]], batch_tokens: int | None
+    ) -> list[MicroBatch]:
+        """One work unit's micro-batches.
+
+        Raises:
+            InputError: a window that is too short, or larger than ``batch_tokens``.
+        """
+        members: list[tuple[int, int]] = []
+        for i in unit:
+            shape = shapes[i]
+            if len(shape) != 2 or shape[0] == 0:
+                raise InputError(f"window {i} is {shape}; it must be (channels, samples)")
+            if shape[1] < MIN_SAMPLES:
                 raise InputError(
-                    f"window {i} has {window.shape[1]} samples at {SAMPLING_RATE:g} Hz; "
+                    f"window {i} has {shape[1]} samples at {SAMPLING_RATE:g} Hz; "
                     f"{MIN_SAMPLES} are needed"
                 )
-            shapes.append((window.shape[0], window.shape[1]))
-        tokens = [self._window_tokens(shape) for shape in shapes]
+            members.append((shape[0], shape[1]))
+        tokens = [self._window_tokens(shape) for shape in members]
         if batch_tokens is not None:
-            for i, count in enumerate(tokens):
+            for i, (channels, samples), count in zip(unit, members, tokens, strict=True):
                 if count > batch_tokens:
                     raise InputError(
-                        f"window {i} of {shapes[i][0]} channels and {shapes[i][1]} samples has {count} "
+                        f"window {i} of {channels} channels and {samples} samples has {count} "
                         f"tokens; batch_tokens={batch_tokens} must be at least that"
                     )
         budget = batch_tokens or self.batch_tokens_default()
-        transfers = Transfers(self.device, self._series_dtype())
-        flying: deque[tuple[MicroBatch, Layout, Callable[[], Tensor]]] = deque()
-        for batch in plan_micro_batches(shapes, tokens, budget):
-            with self._lock, torch.inference_mode():
-                engine = self._engine(precision)
-                layout = self._layout([shapes[i] for i in batch.windows])
-                series = transfers.send([windows[i] for i in batch.windows])
-                out = engine.run(series, layout, pool)
-                flying.append((batch, layout, transfers.fetch(out)))
-                engine.release(WORKSPACE_BYTES.get(self.device.type, 0))
-            if len(flying) > transfers.in_flight:
-                yield from self._arrived(*flying.popleft(), pool)
-        while flying:
-            yield from self._arrived(*flying.popleft(), pool)
+        return [
+            MicroBatch(tuple(unit[i] for i in batch.windows), batch.tokens)
+            for batch in plan_micro_batches(members, tokens, budget)
+        ]
 
     def _arrived(
         self, batch: MicroBatch, layout: Layout, wait: Callable[[], Tensor], pool: Pool
@@ -660,14 +731,15 @@ class FastNormWear(ReferenceNormWear):
         outputs = _Outputs(
             [self._output_shape(s, pool, channels) for s in shapes], convert_to_numpy
         )
+        units = plan_units(counts, UNIT_BATCHES * budget)
+
+        def load(i: int) -> NDArray[np.float32]:
+            return prepare(items[i], rates[i], shapes[i][1], resample, missing, i)
+
         with _progress(show_progress_bar, len(items)) as advance:
-            for unit in plan_units(counts, UNIT_BATCHES * budget):
-                prepared = [
-                    prepare(items[i], rates[i], shapes[i][1], resample, missing, i) for i in unit
-                ]
-                for i, part in self._run_unit(prepared, pool, batch_tokens, precision):
-                    outputs.put(unit[i], _pool_channels(part, channels))
-                    advance()
+            for i, part in self._run_units(units, shapes, load, pool, batch_tokens, precision):
+                outputs.put(i, _pool_channels(part, channels))
+                advance()
         return outputs.result()
 
     def _output_shape(
@@ -686,6 +758,16 @@ def _torch_blas(device: torch.device) -> str:
     if device.type == "cuda":
         return "cublas"
     return "mkl" if torch.backends.mkl.is_available() else "other"
+
+
+def _first_error(unit: range, load: Callable[[int], NDArray[np.float32]]) -> InputError | None:
+    """Of the first window of a unit that cannot be loaded."""
+    for i in unit:
+        try:
+            load(i)
+        except InputError as error:
+            return error
+    return None
 
 
 def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> FoldedEncoder:

@@ -72,6 +72,7 @@ class Segments:
         self.bounds = (0, *accumulate(self.lengths))
         self.device = device
         self._tiles: dict[int, Tensor] = {}
+        self._host_tiles: dict[int, NDArray[np.int32]] = {}
 
     @classmethod
     def from_cu(cls, cu: Tensor) -> Segments:
@@ -110,8 +111,14 @@ class Segments:
             fixed-size table that stands for nothing has segment -1.
         """
         if block not in self._tiles:
-            self._tiles[block] = upload(segment_tiles(self.lengths, block), self.device)
+            self._tiles[block] = upload(self.host_tiles(block), self.device)
         return self._tiles[block]
+
+    def host_tiles(self, block: int) -> NDArray[np.int32]:
+        """`tiles` on the host, kept; not to be written to."""
+        if block not in self._host_tiles:
+            self._host_tiles[block] = segment_tiles(self.lengths, block)
+        return self._host_tiles[block]
 
 
 def segment_tiles(lengths: Sequence[int], block: int) -> NDArray[np.int32]:

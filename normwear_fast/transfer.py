@@ -20,7 +20,7 @@ IN_FLIGHT = {"cuda": 2, "cpu": 0}
 
 
 class Transfers:
-    """Copies of one run of micro-batches.
+    """Copies of micro-batches. Kept from call to call: torch's allocator keeps memory for every stream.
 
     Args:
         device: where they are encoded.
@@ -33,8 +33,8 @@ class Transfers:
         if device.type == "cuda":
             self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def send(self, windows: Sequence[NDArray[np.float32]]) -> Tensor:
-        """(total samples,) on the device, the windows' channels one after another.
+    def pack(self, windows: Sequence[NDArray[np.float32]]) -> Tensor:
+        """(total samples,) on the host, the windows' channels one after another.
 
         Args:
             windows: (C_i, L_i) float32.
@@ -43,8 +43,20 @@ class Transfers:
         on_gpu = self.device.type == "cuda"
         host = torch.empty(total, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         np.concatenate([window.reshape(-1) for window in windows], out=host.numpy())
-        if not on_gpu:
+        return host
+
+    def send(self, host: Tensor, *, busy: bool = True) -> Tensor:
+        """What `pack` gave, on the device.
+
+        Args:
+            host: the series.
+            busy: whether other micro-batches may be computed meanwhile; where none are, the copy goes
+                before the computation in its own stream, and nothing waits for another stream.
+        """
+        if self.device.type != "cuda":
             return host.to(self.device, self.dtype)
+        if not busy:
+            return host.to(self.device, non_blocking=True).to(self.dtype)
         compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._in):
             series = host.to(self.device, non_blocking=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from normwear_fast import _native, linear_float8
 from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
@@ -59,7 +60,12 @@ def backend() -> Backend:
     def encoder(folded: FoldedEncoder, config: NormWearConfig, precision: str) -> GpuEncoder:
         # Other head sizes attend through the plain operator, which reads lengths on the host.
         bucketed = config.head_dim in channel_attention.HEAD_SIZES
-        return GpuEncoder(folded, config, precision, table, bucketed=bucketed)
+        device = folded.carried.device
+        fused = linear_float8.fits(device, config.embed_dim, config.hidden_dim)
+        ops = table
+        if fused:
+            ops = dataclasses.replace(table, linear_float8=linear_float8.linear_float8)
+        return GpuEncoder(folded, config, precision, ops, bucketed=bucketed)
 
     return dataclasses.replace(
         table, encoder=encoder, precisions=("float32", "bfloat16", "fp8"), versions=_versions
@@ -71,8 +77,11 @@ def _versions(device: torch.device) -> dict[str, Any]:
 
     from normwear_fast.kernels.tuning import measured_choices
 
+    native, _ = _native.load()
     return {
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "kernels": measured_choices(device),
+        # fp8's arrangement on a Hopper GPU depends on it.
+        "cuda_operators": bool(native is not None and native.CUDA),
     }

@@ -16,6 +16,7 @@
 
 #include "cuda/bind.h"
 #include "cuda/ingest.cuh"
+#include "cuda/linear_float8.cuh"
 #include "cuda/residual_norm.cuh"
 #include "cuda/tokenize.cuh"
 
@@ -254,6 +255,43 @@ void ingest(const Ingest& call, std::uintptr_t order) {
             ingest_body(block, call, *reinterpret_cast<IngestShared*>(shared),
                         reinterpret_cast<double*>(shared + sizeof(IngestShared)));
         });
+}
+
+namespace {
+
+float from_float8(std::uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    float size = exponent != 0 ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+    if ((bits & 0x7f) == 0x7f) size = NAN;
+    return bits & 0x80 ? -size : size;
+}
+
+}  // namespace
+
+// The tensor cores have no stand-in on the host: the product is a plain one. What is the kernel's own is
+// the epilogue, its tables and the order of the columns.
+void linear_float8(const LinearFloat8& call, std::uintptr_t) {
+    if (call.columns % (384 * call.parts) != 0) throw std::runtime_error("linear_float8: parts");
+    const auto* x = static_cast<const std::uint8_t*>(call.x);
+    const auto* weight = static_cast<const std::uint8_t*>(call.weight);
+    for (std::int64_t row = 0; row < call.rows; ++row) {
+        for (int to = 0; to < call.columns; ++to) {
+            const int n = to / 32 * 32 + linear_float8_order(to % 32);
+            double sum = 0;
+            for (int k = 0; k < linear_float8_inner; ++k) {
+                sum += static_cast<double>(from_float8(x[row * linear_float8_inner + k])) *
+                       from_float8(weight[static_cast<std::int64_t>(n) * linear_float8_inner + k]);
+            }
+            const auto* pair = static_cast<const std::uint32_t*>(call.pairs) + n / 2 * 4;
+            const auto half = [&](int i) {
+                return bits_float(n % 2 ? pair[i] & 0xffff0000u : pair[i] << 16);
+            };
+            const float v = scaled_sum(static_cast<float>(sum), call.x_scale[row],
+                                       bits_float(pair[n % 2]), half(2));
+            static_cast<std::uint8_t*>(call.out)[row * call.columns + to] =
+                static_cast<std::uint8_t>(float8_bits(gelu_float8(v) * half(3)));
+        }
+    }
 }
 
 }  // namespace normwear::cuda

@@ -21,6 +21,16 @@ from torch.nn import functional as F
 from normwear_fast import FastNormWear, NormWearConfig, _native, cuda_backend, operators
 from normwear_fast.backends import BACKENDS, Backend, select_backend
 from normwear_fast.errors import InputError, UsageError
+from normwear_fast.linear_float8 import (
+    FLOAT8_MAX,
+    INNER,
+    Float8Linear,
+    linear_float8,
+    linear_float8_ref,
+    order,
+    parts,
+    quantise_columns,
+)
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, sequence_tokens
 
@@ -383,3 +393,82 @@ def test_setup_does_without_nvcc(
     monkeypatch.setenv("NORMWEAR_FAST_CUDA", "0")
     assert setup["cuda_toolkit"](["c++"]) is None
     assert capsys.readouterr().err == ""
+
+
+# linear_float8
+
+
+def float8_operands(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, Float8Linear]:
+    """Rows as a norm leaves them, one with a value that dwarfs the rest, the last one of zeros."""
+    x = F.layer_norm(torch.randn(rows, INNER), (INNER,))
+    x[0, 5] = 27
+    x[-1] = 0
+    weight = torch.randn(columns, INNER) * torch.logspace(-3, 1, columns)[:, None] / INNER**0.5
+    weight[3] = 0
+    return *quantise_columns(x), Float8Linear.of(weight, torch.randn(columns) * 0.3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 384), (5, 768)])
+def test_linear_float8(rows: int, columns: int) -> None:
+    x, scale, linear = float8_operands(rows, columns)
+    out = torch.full((rows, columns), torch.nan).to(FLOAT8)
+    assert linear_float8(x, scale, linear, out=out) is out
+    exact = linear_float8_ref(x, scale, linear).double()
+    # GELU's tail is 0.16 % off: the rounding to four bits goes the other way now and then.
+    error = (out.double() - exact).abs()
+    assert (error <= 2**-3 * exact.abs() + 2**-9).all()
+    assert (error > 0).float().mean() < 0.02
+
+
+@pytest.mark.usefixtures("emulated")
+def test_linear_float8_keeps_nan_in_its_row() -> None:
+    x, scale, linear = float8_operands(4, 384)
+    x[1, 7] = torch.nan
+    out = linear_float8(x, scale, linear).float()
+    assert out[1].isnan().all()
+    assert not out[[0, 2, 3]].isnan().any()
+
+
+def test_linear_float8_never_saturates() -> None:
+    """No row of a norm exceeds what the factor was made for, were all of it along one neuron."""
+    weight, bias = torch.randn(384, INNER), 10 * torch.randn(384)
+    linear = Float8Linear.of(weight, bias)
+    along = F.normalize(weight, dim=1) * INNER**0.5
+    largest = (F.gelu(along @ weight.T + bias) * linear.factor.float()).diagonal()
+    assert largest.max() <= FLOAT8_MAX * (1 + 2**-8)
+    assert largest[bias > 0].min() >= FLOAT8_MAX * (1 - 2**-8)
+
+
+def test_linear_float8_order() -> None:
+    places = order(64)
+    assert places[:10].tolist() == [0, 1, 8, 9, 16, 17, 24, 25, 2, 3]
+    assert places.sort().values.tolist() == list(range(64))
+    assert (places[32:] == places[:32] + 32).all()
+
+
+def test_linear_float8_parts() -> None:
+    assert parts(1_024, 3072, 132) == 1
+    assert parts(14, 3072, 132) == 8  # 112 thread blocks of 2 tiles, not 14 of 16
+    for blocks in (1, 5, 14, 157):
+        assert 8 % parts(blocks, 3072, 132) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 768)}, "x is torch.float32"),
+        ({"x": torch.zeros(4, 512).to(FLOAT8)}, r"x has shape \(4, 512\)"),
+        ({"x_scale": torch.ones(3)}, r"x_scale has shape \(3,\)"),
+        ({"out": torch.zeros(4, 384)}, "out is torch.float32, not torch.float8_e4m3fn"),
+        ({"out": torch.zeros(384, 4).to(FLOAT8).T}, "out is not contiguous"),
+    ],
+)
+def test_linear_float8_refuses(change: dict[str, Any], message: str) -> None:
+    x, scale, linear = float8_operands(4, 384)
+    given = {"x": x, "x_scale": scale, "linear": linear, **change}
+    with pytest.raises(InputError, match=f"linear_float8: {message}"):
+        linear_float8(**given)
+    odd = Float8Linear.of(torch.randn(256, INNER), torch.randn(256))
+    with pytest.raises(InputError, match="256 outputs, not a multiple of 384"):
+        linear_float8(x, scale, odd)

@@ -20,15 +20,15 @@ from normwear_fast.engine import Engine, exact_products
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import fold
 from normwear_fast.gpu import (
-    FLOAT8_MAX,
     MLP_CHOICES,
+    FixedLayout,
     FixedSegments,
     GpuEncoder,
     bucket_rows,
-    quantise_columns,
     scaled_product,
     table_size,
 )
+from normwear_fast.linear_float8 import FLOAT8_MAX, linear_float8_ref, quantise_columns
 from normwear_fast.packing import Layout, Segments, segment_tiles
 from normwear_fast.reference import ReferenceNormWear
 
@@ -76,6 +76,82 @@ def test_fixed_tables_say_what_segments_say(lengths, block):
     real = segment_tiles(lengths, block)
     assert np.array_equal(fixed.tiles(block)[: len(real)].numpy(), real)
     assert (fixed.tiles(block)[len(real) :] == -1).all()
+
+
+def assert_tables_say(layout, fixed, blocks):
+    for name in ("sequences", "windows", "ones"):
+        real, table = getattr(layout, name), getattr(fixed, name)
+        count = len(real)
+        assert table.cu.tolist() == [*real.bounds, *[real.total] * (table.capacity - count)], name
+        assert table.index.tolist() == [*real.bounds[:-1], *[-1] * (table.capacity - count)], name
+        for block in blocks:
+            tiles, expected = table.tiles(block), segment_tiles(real.lengths, block).tolist()
+            assert len(tiles) == table.total // block + table.capacity
+            assert tiles.tolist() == expected + [[-1, -1]] * (len(tiles) - len(expected)), name
+
+
+def tensors_of(fixed, blocks):
+    tables = (fixed.sequences, fixed.windows, fixed.ones)
+    return [t for table in tables for t in (table.cu, table.index, *map(table.tiles, blocks))]
+
+
+@pytest.mark.parametrize(("blocks", "chunks"), [((16,), 1), ((16, 32, 64, 128), 2)])
+def test_a_layout_fills_all_its_tables_at_once(blocks, chunks, monkeypatch):
+    """Whatever was in them; what finds no room in the first allocation is in a second."""
+    layouts = [
+        Layout(shapes, "conv", SMALL, CPU)
+        for shapes in ([(1, 40), (3, 40), (2, 131)], [(1, 11)], [(2, 60)] * 4, [(9, 30)])
+    ]
+    fixed = FixedLayout(1_024, 9, CPU)
+    fixed.fill(layouts[0])
+    tensors = tensors_of(fixed, blocks)
+    addresses = [t.data_ptr() for t in tensors]
+    assert all(address % 16 == addresses[0] % 16 for address in addresses)
+    assert_tables_say(layouts[0], fixed, blocks)  # those made after the layout was filled, too
+    copies, send = [], type(fixed._arena).send
+    monkeypatch.setattr(
+        type(fixed._arena),
+        "send",
+        lambda self, staged: (copies.append(len(staged)), send(self, staged)),
+    )
+    for layout in (*layouts[1:], layouts[0]):
+        for tensor in tensors:
+            tensor.fill_(-777)
+        fixed.fill(layout)
+        assert_tables_say(layout, fixed, blocks)
+        assert [t.data_ptr() for t in tensors_of(fixed, blocks)] == addresses
+    assert copies == [chunks] * 4
+
+
+def test_tables_are_filled_when_they_must_be(monkeypatch):
+    """Not for the layout that they hold; again after a copy that failed."""
+    first, second = (Layout([shape], "conv", SMALL, CPU) for shape in ((2, 40), (1, 90)))
+    again = Layout([(2, 40)], "conv", SMALL, CPU)
+    split = Layout([(1, 40), (1, 40)], "conv", SMALL, CPU)  # the same sequences, other windows
+    fixed = FixedLayout(1_024, 4, CPU)
+    arena, sent = type(fixed._arena), []
+    send = arena.send
+    monkeypatch.setattr(arena, "send", lambda self, staged: (sent.append(1), send(self, staged)))
+    for layout, count in ((first, 1), (again, 1), (split, 2), (first, 3)):
+        fixed.fill(layout)
+        assert len(sent) == count
+        assert_tables_say(layout, fixed, (16,))
+
+    def broken(self, staged):
+        self._chunks[0][:40] = 0
+        raise RuntimeError("no memory to stage it in")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "send", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            fixed.fill(second)
+    for layout in (first, second):
+        fixed.fill(layout)
+        assert_tables_say(layout, fixed, (16, 64))
+    with pytest.raises(ValueError, match="broadcast"):  # rather than into the next table
+        fixed.fill(Layout([(5, 20)], "conv", SMALL, CPU))
+    fixed.fill(second)
+    assert_tables_say(second, fixed, (16, 64))
 
 
 # --- arithmetic ----------------------------------------------------------------------------------
@@ -238,15 +314,46 @@ def test_fast_precisions_through_triton(name, precision, worst, mean, narrow):
     assert cosine.min() >= worst
 
 
-@pytest.mark.parametrize("blocks", MLP_CHOICES[1:3], ids=str)
-def test_every_way_through_the_mlp(blocks, narrow):
-    """Tiles of rows, and fc1 with its activation in one kernel, beside the default."""
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_float8_with_its_activation_in_the_product(pool, monkeypatch):
+    """`linear_float8`'s definition in the layers: its order and factors are taken back by fc2."""
+    monkeypatch.setattr("normwear_fast.gpu.takes", lambda *sizes: True)
+    calls = []
+
+    def defined(x, x_scale, linear, *, out):
+        calls.append(len(x))
+        return out.copy_(linear_float8_ref(x, x_scale, linear))
+
+    config = dataclasses.replace(SMALL, depth=2, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    for block in model.encoder_blocks:  # neurons of very different size
+        fc1 = block.variate_encoder.mlp.fc1
+        fc1.weight *= torch.logspace(-1, 1, len(fc1.weight))[:, None]
+        fc1.bias += torch.randn(len(fc1.bias))
+    triton = select_backend("triton", CPU)
+    layout = Layout([(2, 40), (1, 23)], "conv", config, CPU)
+    series = torch.randn(layout.samples.total)
+    exact = encoder_of(model, "float32").run(series, layout, pool)
+    apart = encoder_of(model, "fp8", triton).run(series, layout, pool)
+    assert not calls
+    fused = encoder_of(model, "fp8", dataclasses.replace(triton, linear_float8=defined))
+    got = fused.run(series, layout, pool)
+    assert calls == [layout.sequences.total] * (2 if pool == "mean" else 1)
+    errors = [float((out - exact).norm() / exact.norm()) for out in (apart, got)]
+    assert errors[1] < 0.1
+    assert errors[1] < 1.3 * errors[0]
+
+
+@pytest.mark.parametrize("blocks", MLP_CHOICES[80], ids=str)
+def test_every_way_through_the_mlp(blocks, narrow, monkeypatch):
+    """fc1 with its activation in one kernel and in two, beside the default."""
+    monkeypatch.setattr("normwear_fast.gpu.FUSED_ROWS", 1)
     config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
     model = FastNormWear(True, config=config, precision="bfloat16", backend="triton")
     window = np.random.default_rng().standard_normal((1, 1, 30))
     expected = model.encode(window)
     encoder = model._engine().encoder
-    encoder.mlp = blocks | ({"ROWS": 24} if blocks["ROWS"] else {})
+    encoder.mlp = blocks
     assert np.allclose(model.encode(window), expected, atol=0.05)
 
 

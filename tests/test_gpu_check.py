@@ -20,9 +20,10 @@ from torch import Tensor
 from bench import chart, devices, encoder_gpu, gpu_check, kernel_report
 from bench.kernels import measure
 from normwear_fast import NormWearConfig, backends, operators
-from normwear_fast.gpu import FLOAT8_MAX, GpuEncoder
+from normwear_fast.gpu import GpuEncoder
 from normwear_fast.kernels import bias_gelu, tuning
 from normwear_fast.kernels.tuning import Choice
+from normwear_fast.linear_float8 import FLOAT8_MAX
 
 CPU = torch.device("cpu")
 SIZES = encoder_gpu.Sizes(
@@ -486,5 +487,5 @@ def test_the_command_without_a_gpu(tmp_path, capsys, monkeypatch) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["device"] is None
     assert found["wrong"] == []
-    assert len(found["compiled"]) in (0, 51)  # without and with nvcc
+    assert len(found["compiled"]) in (0, 54)  # without and with nvcc
     assert {kernel["target"] for kernel in found["triton"]} == {"sm_90"}

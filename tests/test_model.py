@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from helpers import ENCODER_GOLDENS, golden, golden_config, golden_weights, recipe_state_dict
 
-from normwear_fast import FastNormWear, NormWearConfig, backends, scalogram
+from normwear_fast import FastNormWear, NormWearConfig, backends, engine, scalogram, transfer
+from normwear_fast import model as model_module
 from normwear_fast.errors import InputError, UsageError
+from normwear_fast.packing import plan_micro_batches, plan_units
 from normwear_fast.reference import ReferenceNormWear
 
 TINY = NormWearConfig(embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16, decoder_depth=1)
@@ -254,6 +258,137 @@ def test_encode_refuses(model, windows, options, message):
         model.encode(windows, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+BUDGET = 300
+"""Tokens of a micro-batch in what follows: a unit is 2,400."""
+
+
+def ragged(count=84):
+    """float64, so that preparing makes an array; mixed, so that a unit is not packed in its order."""
+    rng = np.random.default_rng(11)
+    return [rng.standard_normal((1 + i % 3, 20 + 13 * (i % 4))) for i in range(count)]
+
+
+def planned(model, windows):
+    """The windows of every micro-batch, unit by unit."""
+    tokens = [model._window_tokens(w.shape) for w in windows]
+    for unit in plan_units(tokens, engine.UNIT_BATCHES * BUDGET):
+        shapes, counts = (
+            [values[i] for i in unit] for values in ([w.shape for w in windows], tokens)
+        )
+        yield (
+            unit,
+            [
+                [unit[i] for i in batch.windows]
+                for batch in plan_micro_batches(shapes, counts, BUDGET)
+            ],
+        )
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("pool", ["mean", "cls", "patch"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_units_in_a_row_are_units_one_by_one(pool, precision, ahead, monkeypatch):
+    """To the bit, whatever the host is ahead: no micro-batch has windows of two units."""
+    model, windows = tiny(precision=precision), ragged()
+    alone = []
+    for unit, _ in planned(model, windows):
+        prepared = [windows[i].astype(np.float32) for i in unit]
+        alone += model.encode_unit(prepared, pool=pool, batch_tokens=BUDGET)
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", ahead)
+    model = tiny(precision=precision)
+    together = model.encode(windows, pool=pool, batch_tokens=BUDGET)
+    for a, b in zip(alone, together, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_windows_are_prepared_a_micro_batch_at_a_time(ahead, monkeypatch):
+    """Each just before its micro-batch is sent, the next unit's under the last one's compute."""
+    model, windows, steps, alive = tiny(), ragged(), [], []
+    prepare, run, fetch = model_module.prepare, engine.Engine.run, transfer.Transfers.fetch
+
+    def prepared(window, rate, samples, resample, missing, index):
+        steps.append(index)
+        result = prepare(window, rate, samples, resample, missing, index)
+        alive.append(weakref.ref(result))
+        return result
+
+    def ran(*arguments):
+        assert not [1 for reference in alive if reference() is not None]  # packed, and let go
+        steps.append("run")
+        return run(*arguments)
+
+    def fetched(self, result):
+        wait = fetch(self, result)
+
+        def waited():
+            steps.append("wait")
+            return wait()
+
+        return waited
+
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", ahead)
+    monkeypatch.setattr(model_module, "prepare", prepared)
+    monkeypatch.setattr(engine.Engine, "run", ran)
+    monkeypatch.setattr(transfer.Transfers, "fetch", fetched)
+    model.encode(windows, batch_tokens=BUDGET)
+    batches = [batch for _, batches in planned(model, windows) for batch in batches]
+    assert len(batches) > 2 * engine.UNIT_BATCHES
+    expected = []
+    for number, batch in enumerate(batches):
+        expected += [*batch, "run", *["wait"] * (number >= ahead)]
+    assert steps == expected + ["wait"] * ahead
+
+
+def test_a_late_error_names_its_window_and_leaves_the_model_usable(monkeypatch):
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", 2)
+    model, windows = tiny(), ragged()
+    whole = model.encode(windows, batch_tokens=BUDGET)
+    units = list(planned(model, windows))
+    (last, batches), late = units[-1], units[-1][1][-1][-1]
+    assert len(units) > 2
+    assert late > last.start
+
+    def refused(changes, **options):
+        broken = [changes.get(i, window) for i, window in enumerate(windows)]
+        with pytest.raises(InputError) as caught:
+            model.encode(broken, batch_tokens=BUDGET, **options)
+        assert caught.value.__suppress_context__  # one error, however often it was met
+        for a, b in zip(whole, model.encode(windows, batch_tokens=BUDGET), strict=True):
+            assert np.array_equal(a, b)
+        return str(caught.value)
+
+    gap = windows[late].copy()
+    gap[-1, 3] = np.nan
+    message = refused({late: gap})
+    assert message.startswith(f"window {late}, channel {len(gap) - 1} holds NaN or inf")
+    # Of two in a unit the first in the order given, whichever is packed first.
+    order = [i for batch in batches for i in batch]
+    first, second = next((i, j) for j, i in pairwise(order) if i < j)
+    empty = {i: np.full_like(windows[i], np.nan) for i in (first, second)}
+    assert refused(empty, missing="interpolate").startswith(f"window {first}, channel 0 holds no")
+    huge = {first: windows[first] * 1e300}
+    assert refused(huge | {second: empty[second]}).startswith(f"window {first} holds values beyond")
+    assert refused({late: np.zeros((2, 10))}) == (
+        f"window {late} has 10 samples at 65 Hz; 11 are needed"
+    )
+    assert f"window {late} of 3 channels and 300 samples" in refused({late: np.zeros((3, 300))})
+
+
+def test_copies_have_their_streams_once_a_model():
+    model = tiny()
+    x = np.random.default_rng().standard_normal((1, 1, 40)).astype(np.float32)
+    model.encode(x)
+    kept = model._transfers
+    model.encode(x)
+    assert kept is not None
+    assert model._transfers is kept
+    assert copy.deepcopy(model)._transfers is None
+    model.double().encode(x)
+    assert model._transfers is not kept
+    assert model._transfers.dtype == torch.float64
 
 
 # --- who owns the weights -------------------------------------------------------------------------

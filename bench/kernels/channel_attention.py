@@ -61,7 +61,12 @@ def compiled() -> list[Compiled]:
                     "key_value_stride": "i32",
                     "out_stride": "i32",
                 },
-                constants={"HEADS": HEADS, "HEAD_SIZE": SIZE, "PRECISION": "ieee"},
+                constants={
+                    "HEADS": HEADS,
+                    "HEAD_SIZE": SIZE,
+                    "PRECISION": "ieee",
+                    "OPTIMISTIC": queries.longest > 64,
+                },
                 table=table,
                 flops=_flops(queries, keys),
                 bytes=_bytes(queries, keys, dtype),
@@ -82,10 +87,22 @@ def _draw(rows: int, heads: int, dtype: torch.dtype, device: torch.device) -> Te
     return qkv.to(dtype)
 
 
+def _steepen(qkv: Tensor, sequences: Segments, heads: int, powers: float) -> None:
+    """Scores grow by that many powers of two from a sequence's first key to its last, in two of three
+    queries; the other is as it was drawn."""
+    query, key, _ = qkv.view(len(qkv), 3, heads, SIZE).unbind(1)
+    key[..., 0] = 0
+    query[::3, :, 0], query[1::3, :, 0] = 16, 16
+    for start, stop in zip(sequences.bounds[:-1], sequences.bounds[1:], strict=True):
+        slope = torch.linspace(0, powers / 16, stop - start, device=qkv.device)
+        key[start:stop, :, 0] = slope[:, None].to(qkv.dtype)
+
+
 def checks(
     device: torch.device | None = None, longest: int = 1300, count: int = 20, heads: int = HEADS
 ) -> list[tuple[str, Check]]:
-    """Ragged channels, windows of 1 to 64, and one query a channel.
+    """Ragged channels, windows of 1 to 64, one query a channel, and channels whose scores grow beyond
+    what the optimistic softmax holds, or fall.
 
     Args:
         device: the GPU by default.
@@ -99,23 +116,34 @@ def checks(
     windows = [1, 14, 64, *(int(n) for n in rng.integers(1, 15, count))]
     ones = [1] * len(ragged)
     return [
-        (f"channel_attention {name} {dtype}", _check(queries, keys, heads, dtype, device))
-        for name, queries, keys in (
-            ("of tokens", ragged, ragged),
-            ("of [CLS] rows", windows, windows),
-            ("of one query", ones, ragged),
+        (f"channel_attention {name} {dtype}", _check(queries, keys, heads, dtype, device, powers))
+        for name, queries, keys, powers in (
+            ("of tokens", ragged, ragged, 0.0),
+            ("of [CLS] rows", windows, windows, 0.0),
+            ("of one query", ones, ragged, 0.0),
+            ("of tokens, 2^80 steep", ragged, ragged, 80.0),
+            ("of tokens, 2^600 steep", ragged, ragged, 600.0),
+            ("of tokens, 2^-600 steep", ragged, ragged, -600.0),
+            ("of one query, 2^600 steep", ones, ragged, 600.0),
         )
         for dtype in (FLOAT32, BFLOAT16)
     ]
 
 
 def _check(
-    queries: list[int], keys: list[int], heads: int, dtype: torch.dtype, device: torch.device
+    queries: list[int],
+    keys: list[int],
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    powers: float,
 ) -> Check:
     def check() -> dict[str, float]:
         asking, asked = Segments(queries, device), Segments(keys, device)
         width = heads * SIZE
         qkv = _draw(asked.total, heads, dtype, device)
+        if powers:
+            _steepen(qkv, asked, heads, powers)
         query, key_value = qkv[:, :width], qkv[:, width:]
         if asking.total != asked.total:
             query = query[asked.cu[:-1].long()]
@@ -128,9 +156,10 @@ def _check(
         exact = operators.channel_attention(
             query.double(), key_value.double(), asking, asked, heads
         )
-        # Weights, rounded to bfloat16, move a mean of values by 2^-9 of the largest.
+        # Weights, rounded to bfloat16, move a mean of values by 2^-9 of the largest; what float32 leaves
+        # of large scores does, too.
         largest = float(key_value[:, width:].abs().max())
-        absolute = largest * (4e-6 if dtype == FLOAT32 else 2**-9)
+        absolute = largest * ((4e-6 if dtype == FLOAT32 else 2**-9) + 4e-7 * abs(powers))
         return {**excess(got, exact, absolute, torch.finfo(dtype).eps / 2), "stable": stable}
 
     return check

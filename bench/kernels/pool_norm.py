@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.kernels import SEQUENCES, TOKENS, WIDTH, Check, Compiled
 from bench.kernels.measure import copy_bandwidth, default_device, excess, seconds, twice
 from normwear_fast import operators
 from normwear_fast.kernels import pool_norm as module
+from normwear_fast.kernels.tuning import Choice
 from normwear_fast.operators import Pool
 from normwear_fast.packing import Segments
 
 POOLS: tuple[Pool, ...] = ("mean", "cls", "patch")
 EPS = 1e-6
 ROWS = SEQUENCES * TOKENS
+CHANNELS = 3
+"""Of a window."""
+PARTS = module.MEAN_CHOICES[80][0].blocks["PARTS"]
 
 
 def compiled() -> list[Compiled]:
@@ -24,6 +30,7 @@ def compiled() -> list[Compiled]:
     common = {
         "residual": "*bf16",
         "carried": "*fp32",
+        "parts": "*fp32",
         "weight": "*fp32",
         "bias": "*fp32",
         "cu": "*i32",
@@ -31,6 +38,12 @@ def compiled() -> list[Compiled]:
         "residual_stride": "i32",
         "update_stride": "i32",
         "eps": "fp32",
+    }
+    sums = {
+        80: tuple(
+            Choice({"PARTS": parts}, num_warps=module.SUM_WARPS)
+            for parts in dict.fromkeys(choice.blocks["PARTS"] for choice in module.MEAN_CHOICES[80])
+        )
     }
     return [
         Compiled(
@@ -40,9 +53,19 @@ def compiled() -> list[Compiled]:
             constants=constants,
             table=module.MEAN_CHOICES,
             flops=8.0 * ROWS * WIDTH,
-            bytes=2.0 * ROWS * WIDTH + 4.0 * SEQUENCES * WIDTH,
-            programs=lambda blocks: SEQUENCES,
+            bytes=2.0 * ROWS * WIDTH + 4.0 * PARTS * SEQUENCES * WIDTH,
+            programs=lambda blocks: SEQUENCES * blocks["PARTS"],
             divisible=("residual_stride",),
+        ),
+        Compiled(
+            name="pool_norm mean, sum of parts",
+            kernel=module.pool_sum_kernel,
+            signature=common,
+            constants={"E": WIDTH, "BLOCK_E": 1024},
+            table=sums,
+            flops=float(PARTS + 3) * SEQUENCES * WIDTH,
+            bytes=4.0 * (PARTS + 1) * SEQUENCES * WIDTH,
+            programs=lambda blocks: SEQUENCES,
         ),
         Compiled(
             name="pool_norm patch",
@@ -85,6 +108,10 @@ def checks(device: torch.device | None = None, longest: int = 1300) -> list[tupl
     ]
 
 
+def _poisoned(size: tuple[int, int], **options: Any) -> Tensor:
+    return torch.full(size, torch.nan, **options)
+
+
 def _check(
     pool: Pool, dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device, longest: int
 ) -> Check:
@@ -96,12 +123,13 @@ def _check(
         update = torch.randn(sequences.total, WIDTH, device=device).to(dtype)
         vectors = [torch.randn(WIDTH, device=device) for _ in range(3)]
 
-        def run() -> torch.Tensor:
+        def run() -> Tensor:
             rows = sequences.total if pool == "patch" else len(sequences)
             out = torch.full((rows, WIDTH), torch.nan, device=device, dtype=out_dtype)
-            return module.pool_norm(
-                residual, *vectors, EPS, sequences, pool, update=update, out=out
-            )
+            with patch.object(torch, "empty", _poisoned):  # what the parts of a mean are kept in
+                return module.pool_norm(
+                    residual, *vectors, EPS, sequences, pool, update=update, out=out
+                )
 
         got, stable = twice(run)
         cpu = torch.device("cpu")
@@ -121,27 +149,29 @@ def _check(
 
 
 def timings(device: torch.device | None = None, sequences: int = SEQUENCES) -> list[dict[str, Any]]:
-    """Every pool at the judged shape, as a part of the bandwidth of a copy."""
+    """Every pool at the judged shape and the mean of one window, as a part of the bandwidth of a copy."""
     device = device or default_device()
-    segments = Segments([TOKENS] * sequences, device)
-    bandwidth = copy_bandwidth(device, 4 * segments.total * WIDTH)
+    bandwidth = copy_bandwidth(device, 4 * sequences * TOKENS * WIDTH)
     vectors = [torch.randn(WIDTH, device=device) for _ in range(3)]
+    cases: list[tuple[str, Pool, int]] = [(pool, pool, sequences) for pool in POOLS]
+    cases.append(("mean of a window", "mean", CHANNELS))
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        residual = torch.randn(segments.total, WIDTH, device=device).to(dtype)
-        for pool in POOLS:
-            rows = segments.total if pool == "patch" else sequences
+        for name, pool, count in cases:
+            segments = Segments([TOKENS] * count, device)
+            residual = torch.randn(segments.total, WIDTH, device=device).to(dtype)
+            rows = segments.total if pool == "patch" else count
             out = torch.empty(rows, WIDTH, device=device)
-            read = sequences if pool == "cls" else segments.total
+            read = count if pool == "cls" else segments.total
 
-            def run(residual=residual, pool=pool, out=out) -> None:  # type: ignore[no-untyped-def]
+            def run(residual=residual, pool=pool, segments=segments, out=out) -> None:  # type: ignore[no-untyped-def]
                 module.pool_norm(residual, *vectors, EPS, segments, pool, out=out)
 
             taken = seconds(run, device)
             moved = read * WIDTH * residual.element_size() + out.nbytes
             found.append(
                 {
-                    "name": f"pool_norm {pool} {dtype}",
+                    "name": f"pool_norm {name} {dtype}",
                     "seconds": taken,
                     "bytes": moved,
                     "flops": 8.0 * read * WIDTH,

@@ -97,6 +97,25 @@ void bind(py::module_& m) {
         py::arg("fields"), py::arg("stream"));
 
     m.def(
+        "cuda_linear_float8",
+        [](const py::dict& fields, std::uintptr_t stream) {
+            LinearFloat8 call;
+            Fields(fields)
+                .take("x", call.x)
+                .take("x_scale", call.x_scale)
+                .take("weight", call.weight)
+                .take("pairs", call.pairs)
+                .take("out", call.out)
+                .take("rows", call.rows)
+                .take("columns", call.columns)
+                .take("parts", call.parts)
+                .take("blocks", call.blocks)
+                .end();
+            launch(linear_float8, call, stream);
+        },
+        py::arg("fields"), py::arg("stream"));
+
+    m.def(
         "cuda_ingest",
         [](const py::dict& fields, std::uintptr_t stream) {
             Ingest call;

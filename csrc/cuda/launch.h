@@ -71,6 +71,26 @@ struct Ingest {
     double rate, target_rate;
 };
 
+// GELU(x weight^T + bias) of float8 operands as float8. sm_90a only.
+struct LinearFloat8 {
+    const void* x;         // (rows, linear_float8_inner) e4m3
+    const float* x_scale;  // (rows): x stands for x_scale x
+    const void* weight;    // (columns, linear_float8_inner) e4m3
+    const void* pairs;     // (columns / 2, 16 bytes), of two columns: their weights' scales in float32, their
+                           // biases in bfloat16, what their results are multiplied by in bfloat16
+    void* out;             // (rows, columns) e4m3, columns in the order of linear_float8_order
+    std::int64_t rows;
+    int columns;  // a multiple of 384 * parts, at most linear_float8_columns
+    int parts;    // how many thread blocks share 128 rows
+    int blocks;   // thread blocks at most: the device's multiprocessors
+};
+
+constexpr int linear_float8_inner = 768;
+constexpr int linear_float8_columns = 3072;
+
+// Of 32 columns of the result the i-th is this one of the product: a lane's 8 stand side by side.
+constexpr int linear_float8_order(int i) { return i % 8 / 2 * 8 + i / 8 * 2 + i % 2; }
+
 constexpr int flag_flat = 1;       // does not vary
 constexpr int flag_empty = 2;      // no valid sample: NaN
 constexpr int flag_too_large = 4;  // beyond float32
@@ -93,5 +113,6 @@ constexpr std::int64_t ingest_shared_values = 12288;
 void residual_norm(const ResidualNorm& call, std::uintptr_t stream);
 void tokenize(const Tokenize& call, std::uintptr_t stream);
 void ingest(const Ingest& call, std::uintptr_t stream);
+void linear_float8(const LinearFloat8& call, std::uintptr_t stream);
 
 }  // namespace normwear::cuda

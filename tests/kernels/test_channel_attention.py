@@ -10,6 +10,7 @@ from normwear_fast import operators
 from normwear_fast.gpu import FixedSegments
 from normwear_fast.kernels import channel_attention as module
 from normwear_fast.kernels.channel_attention import channel_attention
+from normwear_fast.kernels.tuning import Choice
 from normwear_fast.packing import Segments
 
 CPU = torch.device("cpu")
@@ -86,6 +87,7 @@ def test_every_choice(name, monkeypatch):
     rng = np.random.default_rng()
     sequences = Segments([1, 70, 150], CPU)
     qkv = draw(rng, sequences.total, 16, 1, FLOAT32 if name == "full" else BFLOAT16)
+    monkeypatch.setattr(module, "_case", lambda *_: (name, CASES[name]))
     seen = set()
     for choice in (choice for row in CASES[name].values() for choice in row):
         if str(choice.blocks) not in seen:
@@ -147,6 +149,124 @@ def test_a_neighbour_of_nan_and_large_scores():
     got = channel_attention(qkv[:, :64], qkv[:, 64:], sequences, sequences, 1)
     torch.testing.assert_close(got[:70].double(), exact, rtol=1e-4, atol=2e-4)
     assert got[70:].isnan().all()
+
+
+def steep(rng, lengths, powers, dtype, rows=slice(None), size=64) -> tuple[torch.Tensor, Segments]:
+    """Queries, keys and values whose scores grow by that many powers of two from a segment's first key
+    to its last, in the queries ``rows`` names."""
+    sequences = Segments(lengths, CPU)
+    qkv = draw(rng, sequences.total, size, 1, dtype)
+    qkv[:, 0] = 0
+    qkv[rows, 0] = 16
+    for start, stop in zip(sequences.bounds, sequences.bounds[1:], strict=False):
+        qkv[start:stop, size] = torch.linspace(0, powers / 16, stop - start)
+    return qkv, sequences
+
+
+def counted(monkeypatch) -> list[int]:
+    """Grows by one at every block with the running maximum."""
+    calls: list[int] = []
+    inner = module._attend
+
+    class Counting:
+        def __call__(self, *arguments, **named):
+            calls.append(1)
+            return inner(*arguments, **named)
+
+    monkeypatch.setattr(module, "_attend", Counting())
+    return calls
+
+
+@pytest.fixture(params=[(64, 64), (64, 32), (16, 16)], ids=str)
+def chosen(request, monkeypatch):
+    choice = Choice(dict(zip(("BLOCK_M", "BLOCK_N"), request.param, strict=True)))
+    monkeypatch.setattr(module, "pick", lambda *_: choice)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("powers", [-1000, 70, 90, 140, 300, 5000])
+def test_scores_that_grow(chosen, powers, dtype):
+    """Beyond what a sum holds at the first block's scale: such tiles are done again."""
+    rng = np.random.default_rng()
+    width = 64
+    qkv, sequences = steep(rng, [130, 64, 129, 1], powers, dtype)
+    exact = operators.channel_attention(
+        qkv[:, :width].double(), qkv[:, width:].double(), sequences, sequences, 1
+    )
+    got = channel_attention(qkv[:, :width], qkv[:, width:], sequences, sequences, 1)
+    # Scores of 1000 are known to 1e-4 of a power in float32, whoever adds them up.
+    bound = torch.finfo(dtype).eps / 2 * exact.abs()
+    bound += (max(2e-6, 4e-7 * abs(powers)) if dtype == FLOAT32 else 2**-9 + 4e-7 * abs(powers)) * (
+        qkv[:, 2 * width :].abs().max()
+    )
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("where", ["a row", "other rows", "the last key", "one in the middle"])
+@pytest.mark.parametrize("powers", [100, 300, 2000])
+def test_scores_that_leap(chosen, where, powers):
+    """In some rows of a tile; at one key alone, whichever block it is in."""
+    rng = np.random.default_rng()
+    rows = {"a row": slice(37, 38), "other rows": slice(0, None, 3)}.get(where, slice(None))
+    qkv, sequences = steep(rng, [131], powers, BFLOAT16, rows)
+    if where in ("the last key", "one in the middle"):
+        qkv[:, 64] = 0
+        qkv[-1 if where == "the last key" else 70, 64] = powers / 16
+    check(qkv, 64, sequences, sequences, 1)
+
+
+@pytest.mark.parametrize(
+    ("powers", "again"), [(0, False), (60, False), (-3000, False), (300, True)]
+)
+def test_what_is_done_again(powers, again, monkeypatch):
+    """Only what overflows: one block gives each tile its reference, else all of them run twice."""
+    rng = np.random.default_rng()
+    qkv, sequences = steep(rng, [192], powers, BFLOAT16)
+    monkeypatch.setattr(module, "pick", lambda *_: Choice({"BLOCK_M": 64, "BLOCK_N": 64}))
+    calls = counted(monkeypatch)
+    check(qkv, 64, sequences, sequences, 1)
+    assert len(calls) == 3 * (4 if again else 1)
+
+
+@pytest.mark.parametrize("level", [-500, -40, 40, 500])
+def test_scores_far_from_zero(chosen, level):
+    """All of them alike: nothing overflows, but 2^score alone would."""
+    rng = np.random.default_rng()
+    qkv, sequences = steep(rng, [150, 20], 0, BFLOAT16)
+    qkv[:, 64] = level / 16
+    check(qkv, 64, sequences, sequences, 1)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_few_keys_and_whole_blocks(chosen, dtype):
+    """The first block is what is more than full ones: a key, or all of a block."""
+    rng = np.random.default_rng()
+    sequences = Segments([1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 192], CPU)
+    check(draw(rng, sequences.total, 64, 1, dtype), 64, sequences, sequences, 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [64 + 5, 128 + 5], ids=["key", "value"])
+@pytest.mark.parametrize("at", [0, 40, 89])
+def test_what_is_not_finite_stays_where_it_is(chosen, value, column, at):
+    rng = np.random.default_rng()
+    sequences = Segments([70, 90, 65], CPU)
+    qkv = draw(rng, 225, 64, 1, BFLOAT16)
+    qkv[70 + at, column] = value
+    exact = operators.channel_attention(
+        qkv[:, :64].double(), qkv[:, 64:].double(), sequences, sequences, 1
+    )
+    got = channel_attention(qkv[:, :64], qkv[:, 64:], sequences, sequences, 1)
+    largest = qkv[:, 128:].nan_to_num(0, 0, 0).abs().max()
+    own = torch.zeros(225, dtype=torch.bool)
+    own[70:160] = True
+    close(got[~own], exact[~own], largest)
+    assert torch.equal(got.isfinite(), exact.isfinite())
+    finite = exact.isfinite()
+    assert torch.equal(got.isnan(), exact.isnan())
+    close(got[finite], exact[finite], largest)
 
 
 def test_what_runs_plain():

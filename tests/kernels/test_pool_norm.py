@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from normwear_fast import operators
+from normwear_fast.kernels import pool_norm as module
 from normwear_fast.kernels.pool_norm import pool_norm
+from normwear_fast.kernels.tuning import Choice
 from normwear_fast.packing import Segments
 
+CHOICES = module.MEAN_CHOICES[80]
 CPU = torch.device("cpu")
 EPS = 1e-5
 
@@ -80,6 +83,43 @@ def test_a_sequence_of_no_tokens_gets_zeros(pool):
     pool_norm(residual, None, weight, bias, EPS, sequences, pool, out=out)
     torch.testing.assert_close(out[:2], expected, rtol=0, atol=1e-5)
     assert torch.equal(out[2:], torch.zeros(2, 64))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What nobody has written is NaN."""
+    monkeypatch.setattr(torch, "empty", lambda *size, **o: torch.full(*size, torch.nan, **o))
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"), sorted({(c.blocks["BLOCK_ROWS"], c.blocks["PARTS"]) for c in CHOICES})
+)
+def test_parts_of_a_sequence(rows, parts, monkeypatch, poisoned):
+    """In every way there is a choice of: fewer rows than parts, a multiple of them, none at all; and the
+    same bits for a sequence alone."""
+    rng = np.random.default_rng()
+    choice = Choice({"BLOCK_ROWS": rows, "STAGES": 2, "PARTS": parts})
+    monkeypatch.setattr(module, "pick", lambda *_: choice)
+    lengths = [1, 0, 8, 32, 33, 0]
+    sequences = Segments(lengths, CPU)
+    residual, update = (draw(rng, sequences.total, 64, dtype=torch.bfloat16) for _ in range(2))
+    vectors = [draw(rng, 64) for _ in range(3)]
+    got = pool_norm(residual, *vectors, EPS, sequences, "mean", update=update)
+    exact = operators.pool_norm(
+        residual.double(),
+        *(vector.double() for vector in vectors),
+        EPS,
+        Segments([n for n in lengths if n], CPU),
+        "mean",
+        update=update.double(),
+    )
+    full = torch.tensor(lengths) > 0
+    torch.testing.assert_close(got[full].double(), exact, rtol=2e-6, atol=4e-6)
+    assert torch.equal(got[~full], torch.zeros(2, 64))
+    for i, (start, stop) in enumerate(zip(sequences.bounds, sequences.bounds[1:], strict=False)):
+        own, one = slice(start, stop), Segments([stop - start], CPU)
+        alone = pool_norm(residual[own], *vectors, EPS, one, "mean", update=update[own])
+        assert torch.equal(alone[0], got[i])
 
 
 def test_float64_runs_plain():
