@@ -87,7 +87,7 @@ class Sizes:
 
 JUDGED = Sizes()
 
-QUICK = Sizes(batches=8, rounds=3, repeats=5, latency_rounds=50, goldens="encoder_small")
+QUICK = Sizes(batches=12, rounds=5, repeats=5, latency_rounds=50, goldens="encoder_small")
 
 
 class Bench:
