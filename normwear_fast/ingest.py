@@ -4,9 +4,8 @@ Three implementations of one definition:
 
 * ``scipy``, on the CPU: :func:`normwear_fast.preprocess.prepare_window`, window by window.
 * ``cupy``, on a GPU: the same steps with ``cupyx.scipy.signal`` and ``cupyx.scipy.ndimage``, plain and
-  slow. Its code runs with NumPy and SciPy in the tests; it has not yet been run on a GPU.
-* ``cuda``, on a GPU: one kernel, csrc/cuda/ingest.cuh. Its arithmetic is tested on the host; it has
-  not yet been run on a GPU.
+  slow. Its code runs with NumPy and SciPy in the tests.
+* ``cuda``, on a GPU: one kernel, csrc/cuda/ingest.cuh. Its arithmetic is tested on the host.
 
 All work in float64 and agree to its rounding.
 """

@@ -98,12 +98,13 @@ def test_dry_run_prints_the_plan(recordings: Path, capsys: pytest.CaptureFixture
 
 
 def test_devices(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, eight = named_devices(["h100", "8xH100"])
+    one, float8, eight, _ = named_devices(["h100", "8xH100"])
+    assert (one.precision, float8.precision) == ("bfloat16", "fp8")
     assert one.hours(8e15) == pytest.approx([8 * hours for hours in eight.hours(8e15)])
     assert one.hours(one.flops_per_s[1] * 3600)[0] == pytest.approx(1)
     plan = planned(capsys, recordings, "--device", "8xH100", "--device", "H100")
-    assert [device["count"] for device in plan["devices"]] == [8, 1]
-    for device, named in zip(plan["devices"], (eight, one), strict=True):
+    assert [device["count"] for device in plan["devices"]] == [8, 8, 1, 1]
+    for device, named in zip(plan["devices"][::2], (eight, one), strict=True):
         assert device["hours"] == pytest.approx(named.hours(plan["flops"]))
     assert main(["plan", str(recordings), "--device", "Z80"]) == 2
     error = capsys.readouterr().err
