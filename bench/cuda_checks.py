@@ -200,7 +200,7 @@ def checks() -> list[tuple[str, Check]]:
                 found.append((name, _tokenize_check(method, residual, tf32)))
     if linear_float8.fits(torch.device("cuda"), INNER, 3072):
         for columns in (384, 3072):
-            for rows in (1, 560, 4099, 70_001):
+            for rows in (1, 127, 128, 129, 560, 4099, 70_001):
                 name = f"{rows} rows to {columns}"
                 found.append((f"linear_float8 {name}", _linear_float8_check(rows, columns)))
     for implementation in ("cuda", "cupy"):

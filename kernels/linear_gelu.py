@@ -7,12 +7,13 @@ instead of 6,144: 0.48 ms more. This kernel is the faster way where it reaches 0
 activation included.
 
 The activation is 16 instructions a value, 0.2 ms if nothing runs beside it. So there are persistent
-programs, whose next tile is on its way meanwhile. Tiles of 128 x 256 take 1.05 ms on an H100 and on an
-H200 (2026-11-26, with two instructions more); two programs a multiprocessor with tiles of 128 x 128, one
-multiplying while the other rounds, 1.11 and 1.05: they read a third more from the L2 cache. A program a
-tile takes 1.24 and 1.19, the vendor's product and `bias_gelu` 1.36 and 1.20. On an H200 tiles of 64 x 256
-and 64 x 128 took 1.24 and 1.39 ms, and a kernel in CUDA C++ with two accumulators a warpgroup, one filled
-while the other is rounded, 1.48: tiles of 128 x 192 could not be fed.
+programs, whose next tile is on its way meanwhile. Tiles of 128 x 256 take 1.05 ms on an H100, with two
+instructions more, and 1.02 on an H200 (2026-11-26); two programs a multiprocessor with tiles of
+128 x 128, one multiplying while the other rounds, 1.11 and 1.02: they read a third more from the L2
+cache. A program a tile takes 1.24 and 1.18, the vendor's product and `bias_gelu` 1.36 and 1.21. On an
+H200 tiles of 64 x 256 and 64 x 128 took 1.24 and 1.39 ms, and a kernel in CUDA C++ with two
+accumulators a warpgroup, one filled while the other is rounded, 1.48: tiles of 128 x 192 could not be
+fed.
 """
 
 from __future__ import annotations

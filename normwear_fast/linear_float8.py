@@ -34,6 +34,13 @@ INNER, MOST_COLUMNS, TILE_COLUMNS = 768, 3072, 192
 GROUP = 32
 """Columns that change places among themselves."""
 
+LARGEST_RESULT = 2**35
+"""Values of a result: the kernel counts its places in eighths, in 32 bits."""
+
+SMALLEST = 2.0**-100
+"""A neuron whose pre-activation stays below, as a pruned one's does, is treated as if it reached this:
+its factor is finite, and what it leaves to fc2 next to nothing."""
+
 
 def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) as e4m3 with one float32 scale an output: weight ~ scale[:, None] * q."""
@@ -73,7 +80,7 @@ class Float8Linear:
     def of(cls, weight: Tensor, bias: Tensor) -> Float8Linear:
         """From float weights (N, K) and biases (N,), for rows of length sqrt(K) at most."""
         size = weight.float().norm(dim=1) * weight.shape[1] ** 0.5 + bias.float().abs()
-        factor = torch.where(size > 0, FLOAT8_MAX / size, torch.ones_like(size))
+        factor = FLOAT8_MAX / size.clamp(min=SMALLEST)
         return cls(*quantise_columns(weight), bias.bfloat16(), factor.bfloat16())
 
     @cached_property
@@ -93,11 +100,14 @@ def linear_float8_ref(x: Tensor, x_scale: Tensor, linear: Float8Linear) -> Tenso
 
 
 def fits(device: torch.device, inner: int, columns: int) -> bool:
-    """Whether the kernel runs there on such sizes: a Hopper GPU, and the CUDA operators were built."""
+    """Whether the kernel runs there on such sizes: on a Hopper GPU, where it was built, and with a driver
+    for the CUDA it was built with, which may be newer than torch's."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     module, _ = _native.load()
-    return bool(module is not None and module.CUDA) and takes(inner, columns)
+    if module is None or not module.CUDA or not takes(inner, columns):
+        return False
+    return bool(module.cuda_linear_float8_runs())
 
 
 def takes(inner: int, columns: int) -> bool:
@@ -121,7 +131,7 @@ def parts(blocks: int, columns: int, places: int) -> int:
     Args:
         blocks: of rows, each the work of one place or, in parts, of several.
         columns: of the product.
-        places: that work at the same time: multiprocessors, or clusters of them.
+        places: that work at the same time: the device's multiprocessors.
     """
     pairs = columns // (2 * TILE_COLUMNS)
 
@@ -146,17 +156,21 @@ def linear_float8(
         ``out``, or a new tensor.
 
     Raises:
-        InputError: a tensor of another dtype, device, shape or layout.
+        InputError: a tensor of another dtype, device, shape or layout, or more than 2^35 results.
         UsageError: not built, or the launch was refused.
     """
     name, device = "linear_float8", x.device
     rows, columns = len(x), len(linear.weight)
-    if out is None:
-        out = torch.empty((rows, columns), dtype=FLOAT8, device=device)
     if not takes(INNER, columns):
         raise InputError(
             f"{name}: {columns} outputs, not a multiple of {2 * TILE_COLUMNS} up to {MOST_COLUMNS}"
         )
+    if rows * columns > LARGEST_RESULT:
+        raise InputError(
+            f"{name}: {rows:,} rows of {columns:,} outputs; one call makes {LARGEST_RESULT:,} at most"
+        )
+    if out is None:
+        out = torch.empty((rows, columns), dtype=FLOAT8, device=device)
     cuda_backend.check(name, "x", x, device, (FLOAT8,), (rows, INNER))
     cuda_backend.check(name, "x_scale", x_scale, device, (torch.float32,), (rows,))
     cuda_backend.check(name, "weight", linear.weight, device, (FLOAT8,), (columns, INNER))

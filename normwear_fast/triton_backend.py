@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normwear_fast import _native, linear_float8
+from normwear_fast import linear_float8
 from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
@@ -77,11 +77,11 @@ def _versions(device: torch.device) -> dict[str, Any]:
 
     from normwear_fast.kernels.tuning import measured_choices
 
-    native, _ = _native.load()
+    sizes = (linear_float8.INNER, linear_float8.MOST_COLUMNS)
     return {
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "kernels": measured_choices(device),
-        # fp8's arrangement on a Hopper GPU depends on it.
-        "cuda_operators": bool(native is not None and native.CUDA),
+        # fp8's arrangement depends on it.
+        "linear_float8": linear_float8.fits(device, *sizes),
     }

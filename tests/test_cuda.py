@@ -25,6 +25,7 @@ from normwear_fast.linear_float8 import (
     FLOAT8_MAX,
     INNER,
     Float8Linear,
+    fits,
     linear_float8,
     linear_float8_ref,
     order,
@@ -438,6 +439,64 @@ def test_linear_float8_never_saturates() -> None:
     largest = (F.gelu(along @ weight.T + bias) * linear.factor.float()).diagonal()
     assert largest.max() <= FLOAT8_MAX * (1 + 2**-8)
     assert largest[bias > 0].min() >= FLOAT8_MAX * (1 - 2**-8)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38])
+def test_linear_float8_of_dead_neurons(size: float) -> None:
+    """Their results are finite, and what fc2 makes of their weights is nothing beside the others."""
+    weight, bias = torch.randn(384, INNER), torch.randn(384)
+    weight[7], bias[7] = size, size
+    linear = Float8Linear.of(weight, bias)
+    x, scale = quantise_columns(F.layer_norm(torch.randn(3, INNER), (INNER,)))
+    for out in (linear_float8(x, scale, linear), linear_float8_ref(x, scale, linear)):
+        assert (out.float()[:, order(384) == 7] == 0).all()
+        assert out.float().isfinite().all()
+    factor = linear.factor.float()
+    assert factor.isfinite().all()
+    assert 1 / factor[7] < 1e-6 / factor[torch.arange(384) != 7].max()
+
+
+def test_linear_float8_takes_no_more_than_it_can_address() -> None:
+    rows = 2**35 // 3072
+    linear = Float8Linear.of(torch.randn(3072, INNER), torch.randn(3072))
+    for count, message in (
+        (rows + 1, "11,184,811 rows of 3,072 outputs"),
+        (rows, "weight is on cpu"),
+    ):
+        x = torch.empty((count, INNER), dtype=FLOAT8, device="meta")
+        with pytest.raises(InputError, match=f"linear_float8: {message}"):
+            linear_float8(x, torch.empty(count, device="meta"), linear)
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes", "fit"),
+    [
+        ((9, 0), (768, 3072), True),
+        ((9, 0), (768, 3000), False),
+        ((9, 0), (512, 3072), False),
+        ((8, 9), (768, 3072), False),
+        ((10, 0), (768, 3072), False),
+        ((12, 0), (768, 3072), False),
+    ],
+)
+def test_linear_float8_is_for_hopper(
+    capability: tuple[int, int],
+    sizes: tuple[int, int],
+    fit: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for built, runs in ((True, True), (True, False), (False, False)):
+        module = types.SimpleNamespace(CUDA=built)
+        if built:  # a driver may be too old for it
+            module.cuda_linear_float8_runs = lambda runs=runs: runs
+        monkeypatch.setattr(_native, "load", lambda module=module: (module, None))
+        assert fits(device, *sizes) is (fit and runs)
+    monkeypatch.setattr(_native, "load", lambda: (None, "it was not built"))
+    assert not fits(device, *sizes)
+    assert not fits(torch.device("cpu"), *sizes)
 
 
 def test_linear_float8_order() -> None:

@@ -16,18 +16,12 @@ from hypothesis import strategies as st
 
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast.backends import TORCH, select_backend
+from normwear_fast.buckets import FixedLayout, FixedSegments, bucket_rows, table_size
 from normwear_fast.engine import Engine, exact_products
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import fold
-from normwear_fast.gpu import (
-    MLP_CHOICES,
-    FixedLayout,
-    FixedSegments,
-    GpuEncoder,
-    bucket_rows,
-    scaled_product,
-    table_size,
-)
+from normwear_fast.gpu import MLP_CHOICES, GpuEncoder, mlp_table, scaled_product
+from normwear_fast.kernels import tuning
 from normwear_fast.linear_float8 import FLOAT8_MAX, linear_float8_ref, quantise_columns
 from normwear_fast.packing import Layout, Segments, segment_tiles
 from normwear_fast.reference import ReferenceNormWear
@@ -283,7 +277,7 @@ SEVERAL_CHANNELS = [
 @pytest.fixture
 def narrow(monkeypatch):
     """Buckets no wider than they must be: the interpreter takes a while for every row."""
-    monkeypatch.setattr("normwear_fast.gpu.SMALLEST_BUCKET", 16)
+    monkeypatch.setattr("normwear_fast.buckets.SMALLEST_BUCKET", 16)
 
 
 def triton_model(name, precision):
@@ -355,6 +349,50 @@ def test_every_way_through_the_mlp(blocks, narrow, monkeypatch):
     encoder = model._engine().encoder
     encoder.mlp = blocks
     assert np.allclose(model.encode(window), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [63, 64])
+@pytest.mark.parametrize("fused", [0, 1])
+def test_the_fused_mlp_is_for_many_rows(rows, fused, narrow, monkeypatch):
+    monkeypatch.setattr("normwear_fast.gpu.FUSED_ROWS", 64)
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    triton = select_backend("triton", CPU)
+    calls = []
+
+    def counted(x, *weights, out):
+        calls.append(len(x))
+        return triton.linear_gelu(x, *weights, out=out)
+
+    ops = dataclasses.replace(triton, linear_gelu=counted)
+    encoder = GpuEncoder(fold(model, torch.bfloat16), config, "bfloat16", ops)
+    encoder.mlp = {"FUSED": fused}
+    x = torch.randn(rows, config.embed_dim).bfloat16()
+    buffers = SimpleNamespace(
+        normed=torch.empty_like(x), hidden=torch.empty(rows, config.hidden_dim).bfloat16()
+    )
+    encoder._mlp(x, encoder.blocks[0], torch.zeros(config.embed_dim), buffers)
+    assert calls == [rows] * (fused and rows == 64)
+
+
+@pytest.mark.parametrize(("architecture", "fused"), [(80, 0), (89, 0), (90, 1), (100, 0), (120, 0)])
+def test_the_fused_mlp_is_the_default_where_it_was_measured(architecture, fused):
+    assert tuning.choices(mlp_table(), architecture)[0].blocks == {"FUSED": fused}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fused"),
+    [({}, 1), ({"embed_dim": 36, "num_heads": 3}, 0), ({"mlp_ratio": 132 / 128}, 0)],
+    ids=str,
+)
+def test_widths_the_fused_mlp_cannot_take(sizes, fused, monkeypatch):
+    """Rows of 72 bytes: no tensor memory accelerator takes them."""
+    monkeypatch.setattr(tuning, "pick", lambda *_: tuning.Choice({"FUSED": 1}))
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0, **sizes)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    ops = select_backend("triton", CPU)
+    encoder = GpuEncoder(fold(model, torch.bfloat16), config, "bfloat16", ops)
+    assert encoder.mlp == {"FUSED": fused}
 
 
 class Recorded:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -377,6 +379,69 @@ def test_a_late_error_names_its_window_and_leaves_the_model_usable(monkeypatch):
     assert f"window {late} of 3 channels and 300 samples" in refused({late: np.zeros((3, 300))})
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_run_that_is_left_early(ahead, monkeypatch):
+    """Whether closed or only dropped: the model goes on, and nothing of the run is kept."""
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", ahead)
+    model, windows = tiny(), [w.astype(np.float32) for w in ragged()]
+    whole = model.encode_unit(windows, batch_tokens=BUDGET)
+    results, run = [], engine.Engine.run
+
+    def ran(*arguments):
+        result = run(*arguments)
+        results.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(engine.Engine, "run", ran)
+    left = model._run_unit(windows, "mean", BUDGET, None)
+    next(left)
+    left.close()
+    del left
+    assert len(results) == ahead + 1
+    assert not [1 for reference in results if reference() is not None]
+    for a, b in zip(whole, model.encode_unit(windows, batch_tokens=BUDGET), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_micro_batch_that_fails_leaves_the_model_usable(monkeypatch):
+    """Between the copy in and the copy out, with others on their way; and in the copy out itself."""
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", 2)
+    model, windows = tiny(), ragged()
+    whole = model.encode(windows, batch_tokens=BUDGET)
+    for owner, name in ((engine.Engine, "run"), (transfer.Transfers, "fetch")):
+        inner, calls = getattr(owner, name), []
+
+        def fails(*arguments, inner=inner, calls=calls):
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("out of memory")
+            return inner(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                model.encode(windows, batch_tokens=BUDGET)
+        for a, b in zip(whole, model.encode(windows, batch_tokens=BUDGET), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_threads_share_a_model(monkeypatch):
+    """Their micro-batches take turns; everyone gets what is theirs."""
+    monkeypatch.setitem(transfer.IN_FLIGHT, "cpu", 2)
+    model = tiny()
+    rng = np.random.default_rng(3)
+    sets = [
+        [rng.standard_normal((1 + i % 2, 20 + 13 * ((i + n) % 4))) for i in range(24)]
+        for n in range(4)
+    ]
+    alone = [model.encode(windows, batch_tokens=BUDGET) for windows in sets]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda w: model.encode(w, batch_tokens=BUDGET), sets))
+    for expected, got in zip(alone, together, strict=True):
+        for a, b in zip(expected, got, strict=True):
+            assert np.array_equal(a, b)
+
+
 def test_copies_have_their_streams_once_a_model():
     model = tiny()
     x = np.random.default_rng().standard_normal((1, 1, 40)).astype(np.float32)
@@ -386,6 +451,7 @@ def test_copies_have_their_streams_once_a_model():
     assert kept is not None
     assert model._transfers is kept
     assert copy.deepcopy(model)._transfers is None
+    assert pickle.loads(pickle.dumps(model))._transfers is None
     model.double().encode(x)
     assert model._transfers is not kept
     assert model._transfers.dtype == torch.float64

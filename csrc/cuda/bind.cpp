@@ -115,6 +115,8 @@ void bind(py::module_& m) {
         },
         py::arg("fields"), py::arg("stream"));
 
+    m.def("cuda_linear_float8_runs", &linear_float8_runs);
+
     m.def(
         "cuda_ingest",
         [](const py::dict& fields, std::uintptr_t stream) {

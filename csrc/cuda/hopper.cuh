@@ -121,7 +121,8 @@ __device__ __forceinline__ void arrived(Accumulator& c) {
     for (int i = 0; i < Accumulator::values; ++i) asm volatile("" : "+f"(c.v[i])::"memory");
 }
 
-// A place in a ring of stages, and how often the ring has been around.
+// A place in a ring of stages, and whether the ring has been around an odd number of times: the parity
+// that its barriers are waited for with.
 template <int Stages>
 struct Place {
     int stage = 0;

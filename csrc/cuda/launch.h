@@ -71,7 +71,7 @@ struct Ingest {
     double rate, target_rate;
 };
 
-// GELU(x weight^T + bias) of float8 operands as float8. sm_90a only.
+// GELU(x weight^T + bias) of float8 operands as float8. sm_90a only; up to 2^35 results.
 struct LinearFloat8 {
     const void* x;         // (rows, linear_float8_inner) e4m3
     const float* x_scale;  // (rows): x stands for x_scale x
@@ -114,5 +114,8 @@ void residual_norm(const ResidualNorm& call, std::uintptr_t stream);
 void tokenize(const Tokenize& call, std::uintptr_t stream);
 void ingest(const Ingest& call, std::uintptr_t stream);
 void linear_float8(const LinearFloat8& call, std::uintptr_t stream);
+
+// Whether the driver is new enough for the runtime this is linked to, and makes tensor maps.
+bool linear_float8_runs();
 
 }  // namespace normwear::cuda

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normwear_fast import operators
-from normwear_fast.gpu import FixedSegments
+from normwear_fast.buckets import FixedSegments
 from normwear_fast.kernels import channel_attention as module
 from normwear_fast.kernels.channel_attention import channel_attention
 from normwear_fast.kernels.tuning import Choice
@@ -227,6 +227,36 @@ def test_what_is_done_again(powers, again, monkeypatch):
     calls = counted(monkeypatch)
     check(qkv, 64, sequences, sequences, 1)
     assert len(calls) == 3 * (4 if again else 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("powers", [88, 92, 95, 96, 98, 102])
+def test_large_values_at_the_edge_of_what_is_done_again(chosen, powers):
+    """Weights around 2^64 times values of 2^62: no sum of values overflows where its tile is kept."""
+    rng = np.random.default_rng()
+    qkv, sequences = steep(rng, [131], 0, FLOAT32)
+    qkv[:, 1:64] = 0
+    qkv[-1, 64] = powers / 16
+    qkv[:, 128:] = 2.0**62 * (1 + torch.rand(131, 64))
+    exact = operators.channel_attention(
+        qkv[:, :64].double(), qkv[:, 64:].double(), sequences, sequences, 1
+    )
+    got = channel_attention(qkv[:, :64], qkv[:, 64:], sequences, sequences, 1)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_no_keys_give_zeros(chosen):
+    """A table's unused entries, which the optimistic softmax has no first block for."""
+    qkv = torch.randn(70, 192)
+    queries, keys = Segments([70, 70], CPU), Segments([0, 70], CPU)
+    query = torch.cat([qkv[:, :64], qkv[:, :64]])
+    got = channel_attention(query, qkv[:, 64:], queries, keys, 1)
+    assert torch.equal(got[:70], torch.zeros(70, 64))
+    exact = operators.channel_attention(
+        query[70:].double(), qkv[:, 64:].double(), Segments([70], CPU), Segments([70], CPU), 1
+    )
+    torch.testing.assert_close(got[70:].double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", [-500, -40, 40, 500])
