@@ -12,13 +12,11 @@ instructions more, and 1.02 on an H200 (2026-11-26); two programs a multiprocess
 128 x 128, one multiplying while the other rounds, 1.11 and 1.02: they read a third more from the L2
 cache. A program a tile takes 1.24 and 1.18, the vendor's product and `bias_gelu` 1.36 and 1.21. On an
 H200 tiles of 64 x 256 and 64 x 128 took 1.24 and 1.39 ms, and a kernel in CUDA C++ with two
-accumulators a warpgroup, one filled while the other is rounded, 1.48: tiles of 128 x 192 could not be
+accumulators a warpgroup, one filled while the other is rounded, 1.52: tiles of 128 x 192 could not be
 fed.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from normwear_fast.kernels.tuning import Choice, Table, pick
+from normwear_fast.kernels.tuning import Choice, Table, multiprocessors, pick
 
 
 def _tile(m: int, n: int, k: int, per_sm: int | None = None) -> dict[str, int]:
@@ -165,14 +163,6 @@ def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x.to(wide), weight.to(wide), bias.to(wide))).to(x.dtype)
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    """Of the device; a few where the interpreter stands in for one."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`linear_gelu_ref` in one launch; float32 and float64 run plain.
 
@@ -220,7 +210,7 @@ def launch(choice: Choice, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor)
             **options,
         )
     else:
-        linear_gelu_persistent_kernel[(min(tiles, per_sm * _multiprocessors(x.device)),)](
+        linear_gelu_persistent_kernel[(min(tiles, per_sm * multiprocessors(x.device)),)](
             TensorDescriptor.from_tensor(x, [m, k]),
             TensorDescriptor.from_tensor(weight, [n, k]),
             bias,

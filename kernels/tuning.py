@@ -57,6 +57,14 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; a few where tests stand in for one."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def choices(table: Table, architecture: int) -> Sequence[Choice]:
     """The table's row for an architecture."""
     known = [key for key in sorted(table) if key <= architecture]

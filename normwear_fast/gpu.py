@@ -238,9 +238,8 @@ class GpuEncoder:
         if buffer is None or buffer.numel() < size:
             self._drop_graphs()
             with torch.inference_mode(False):
-                # A graph's rows past the real ones are computed too, and must be finite.
-                fill = torch.ones if name == "ones" else torch.zeros
-                buffer = fill(size, dtype=dtype, device=self.device)
+                # Zeros: a graph's rows past the real ones are computed too, and must be finite.
+                buffer = torch.zeros(size, dtype=dtype, device=self.device)
             self._storage[name] = buffer
         return buffer[:size].view(rows, width)
 
@@ -352,7 +351,7 @@ class GpuEncoder:
             attended=self._take("attended", rows, width, self.dtype),
             hidden=None if self.fused8 else self._take("hidden", rows, hidden, self.dtype),
             scale=self._take("scale", rows, 1, torch.float32)[:, 0] if self.float8 else None,
-            ones=self._take("ones", rows, 1, torch.float32)[:, 0] if self.fused8 else None,
+            ones=self._take("ones", rows, 1, torch.float32)[:, 0].fill_(1) if self.fused8 else None,
             hidden8=self._take("hidden8", rows, hidden, FLOAT8) if self.float8 else None,
             update=self._update(rows),
         )

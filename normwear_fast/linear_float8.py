@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from normwear_fast import _native, cuda_backend
 from normwear_fast.errors import InputError
+from normwear_fast.kernels.tuning import multiprocessors
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -113,13 +114,6 @@ def fits(device: torch.device, inner: int, columns: int) -> bool:
 def takes(inner: int, columns: int) -> bool:
     """Whether the kernel is written for products of these sizes."""
     return inner == INNER and columns % (2 * TILE_COLUMNS) == 0 and columns <= MOST_COLUMNS
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # tests run it on the host
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=1024)

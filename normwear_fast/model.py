@@ -33,6 +33,7 @@ from normwear_fast.inputs import (
 )
 from normwear_fast.mne import is_mne, windows_of
 from normwear_fast.operators import Pool, register_model
+from normwear_fast.outputs import ChannelPool, Outputs, pool_channels, progress
 from normwear_fast.packing import (
     Layout,
     MicroBatch,
@@ -46,8 +47,6 @@ from normwear_fast.preprocess import as_float_array
 from normwear_fast.reference import Attention, Block, ReferenceNormWear
 from normwear_fast.scalograms import scalogram
 from normwear_fast.transfer import Transfers
-
-ChannelPool = Literal["keep", "mean", "concat"]
 
 WORKSPACE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
 """Activation buffers kept between calls; a larger window's are freed after it."""
@@ -728,17 +727,15 @@ class FastNormWear(ReferenceNormWear):
         ]
         counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
         budget = batch_tokens or self.batch_tokens_default()
-        outputs = _Outputs(
-            [self._output_shape(s, pool, channels) for s in shapes], convert_to_numpy
-        )
+        outputs = Outputs([self._output_shape(s, pool, channels) for s in shapes], convert_to_numpy)
         units = plan_units(counts, UNIT_BATCHES * budget)
 
         def load(i: int) -> NDArray[np.float32]:
             return prepare(items[i], rates[i], shapes[i][1], resample, missing, i)
 
-        with _progress(show_progress_bar, len(items)) as advance:
+        with progress(show_progress_bar, len(items)) as advance:
             for i, part in self._run_units(units, shapes, load, pool, batch_tokens, precision):
-                outputs.put(i, _pool_channels(part, channels))
+                outputs.put(i, pool_channels(part, channels))
                 advance()
         return outputs.result()
 
@@ -785,58 +782,3 @@ def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> Folded
         return value
 
     return cast(FoldedEncoder, mapped(folded))
-
-
-def _pool_channels(part: Tensor, channels: ChannelPool) -> Tensor:
-    """(C, E) or (C, T, E) pooled over its first axis."""
-    if channels == "keep":
-        return part
-    if channels == "mean":
-        return part.mean(0)
-    return part.movedim(0, -2).flatten(-2)
-
-
-class _Outputs:
-    """The results of a run in their final place: one array where all shapes agree, else a list."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], as_numpy: bool) -> None:
-        self.as_numpy = as_numpy
-        self.uniform = len(set(shapes)) <= 1
-        if self.uniform:
-            shape = shapes[0] if shapes else (0,)
-            self.array = torch.empty((len(shapes), *shape), dtype=torch.float32, device="cpu")
-        else:
-            self.items = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
-
-    def put(self, index: int, value: Tensor) -> None:
-        (self.array[index] if self.uniform else self.items[index]).copy_(value)
-
-    def result(self) -> Any:
-        if self.uniform:
-            return self.array.numpy() if self.as_numpy else self.array
-        return [item.numpy() for item in self.items] if self.as_numpy else self.items
-
-
-class _progress:
-    """A tqdm bar that counts windows, or nothing."""
-
-    def __init__(self, show: bool | None, total: int) -> None:
-        import sys
-
-        self.bar: Any = None
-        # A process started without a terminal may have no stderr at all.
-        if show or (show is None and sys.stderr is not None and sys.stderr.isatty()):
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="window", desc="encode")
-
-    def __enter__(self) -> Callable[[], None]:
-        return self._advance
-
-    def _advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
