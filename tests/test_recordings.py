@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from payload import Payload
 from pyarrow import parquet
@@ -1286,12 +1286,19 @@ def binary_formats() -> list[str]:
 
 @pytest.mark.parametrize("suffix", binary_formats())
 @given(raw=st.binary(min_size=1, max_size=600))
+@example(raw=b"A 0")  # a whole WFDB header, of a record without signals
 def test_rubbish_is_refused(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, raw: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"rubbish{suffix}"
     path.write_bytes(raw)
-    refused(path, rate=64.0)
+    try:
+        recording = open_recording(path, sampling_rate=64.0)
+    except RecordingError:
+        refused(path, rate=64.0)
+    else:
+        assert suffix == ".hea"
+        assert recording.channels == ()
 
 
 @settings(max_examples=50)
