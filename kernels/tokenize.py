@@ -248,7 +248,7 @@ def tokenize(
     *,
     input_precision: InputPrecision | None = None,
 ) -> None:
-    """`operators.tokenize` in two launches; float64 tables run plain.
+    """`operators.tokenize` in two launches; float64 runs plain.
 
     Args:
         residual: (>= tokens, E) float32 or bfloat16, overwritten.
@@ -262,7 +262,7 @@ def tokenize(
     Raises:
         InputError: a series too short for a patch, or rows and series that do not fit one another.
     """
-    if tokenizer.patch_weight.dtype == torch.float64:
+    if tokenizer.dtype == torch.float64:
         operators.tokenize(residual, series, samples, sequences, tokenizer)
         return
     if len(residual) < sequences.total or len(samples) != len(sequences):

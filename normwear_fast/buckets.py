@@ -19,11 +19,11 @@ from normwear_fast.packing import Layout, Segments
 SMALLEST_BUCKET = 1_024
 """Tokens; a window of one 6 s channel has 560."""
 
-LONG_SEQUENCE, SEQUENCE_TOKENS = 256, (256, 64, 14)
+LONG_SEQUENCE, SEQUENCE_TOKENS = 256, (256, 64, 14, 2)
 """A bucket of R rows has tables for R / 256 sequences, which 6 s windows (560 tokens) fit twice over, or,
-where a micro-batch has more, for R / 64, which 1 s windows fit, or R / 14: no sequence is shorter. An
-entry costs an empty program a head and layer and a row of every fusion block: 9,000 would be an eighth
-of a full micro-batch's time on an H100."""
+where a micro-batch has more, for R / 64, which 1 s windows fit, or R / 14: none is shorter with the
+released 13 columns of patches; or R / 2, with fewer. An entry costs an empty program a head and layer and
+a row of every fusion block: 9,000 would be an eighth of a full micro-batch's time on an H100."""
 
 USUAL_CHANNELS = 16
 """Sequences of a window that the fusion's attention is launched for."""
@@ -39,10 +39,7 @@ def bucket_rows(tokens: int) -> int:
 
 def table_size(sequences: int, rows: int) -> int:
     """Sequences that a bucket of so many rows has tables for, if a micro-batch has ``sequences``."""
-    return next(
-        (rows // n for n in SEQUENCE_TOKENS if sequences <= rows // n),
-        rows // SEQUENCE_TOKENS[-1] + 1,
-    )
+    return next(rows // n for n in SEQUENCE_TOKENS if sequences <= rows // n)
 
 
 TABLE_START = 32

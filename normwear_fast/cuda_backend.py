@@ -201,7 +201,7 @@ def tokenize(
 ) -> None:
     """`operators.tokenize` on the GPU, one launch for ragged sequences.
 
-    float64 tables, patches other than 9 x 5 and widths that are no multiple of 4 run plain.
+    float64, patches other than 9 x 5 and widths that are no multiple of 4 run plain.
 
     Args:
         residual: (>= tokens, E) float32 or bfloat16, overwritten.
@@ -218,7 +218,7 @@ def tokenize(
     """
     width = residual.shape[1]
     weight = tokenizer.patch_weight
-    if weight.dtype != torch.float32 or tokenizer.patch_size != PATCH_SIZE or width % 4:
+    if tokenizer.dtype != torch.float32 or tokenizer.patch_size != PATCH_SIZE or width % 4:
         operators.tokenize(residual, series, samples, sequences, tokenizer)
         return
     if tf32 is None:

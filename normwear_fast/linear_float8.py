@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from normwear_fast import _native, cuda_backend
 from normwear_fast.errors import InputError
-from normwear_fast.kernels.tuning import multiprocessors
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -153,6 +152,8 @@ def linear_float8(
         InputError: a tensor of another dtype, device, shape or layout, or more than 2^35 results.
         UsageError: not built, or the launch was refused.
     """
+    from normwear_fast.kernels.tuning import multiprocessors  # needs Triton; this module does not
+
     name, device = "linear_float8", x.device
     rows, columns = len(x), len(linear.weight)
     if not takes(INNER, columns):

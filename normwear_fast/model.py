@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from normwear_fast import traced
 from normwear_fast.backends import select_backend
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig
 from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
@@ -340,6 +341,12 @@ class FastNormWear(ReferenceNormWear):
             return "float64"  # what `.double()` asks for
         return resolve_precision(precision or self.precision, self.device)
 
+    def _hollow(self) -> bool:
+        """Whether the weights are shapes alone: on the meta device, or fake tensors."""
+        return traced.shapes_only(
+            self.cls_token if self._frozen is None else self._frozen[0].carried
+        )
+
     def _watched(self) -> _Watch:
         if self._watch is None or not self._watch.unchanged():
             self._watch = _Watch(self)
@@ -348,6 +355,11 @@ class FastNormWear(ReferenceNormWear):
 
     def _engine(self, precision: str | None = None) -> Engine:
         """The engine of the current weights; folds them where they changed since the last call."""
+        if self._hollow():
+            raise UsageError(
+                "the weights are on the meta device or fake tensors: without values only forward's shape "
+                "is known"
+            )
         resolved = self._precision(precision)
         if self._frozen is None:
             self._watched()
@@ -402,8 +414,6 @@ class FastNormWear(ReferenceNormWear):
                 f"windows of {x.shape[-1]} samples are too short; {MIN_SAMPLES} are needed"
             )
         if torch.compiler.is_exporting():
-            from normwear_fast import traced
-
             return traced.forward(self, x)
         if self._needs_gradients(x):
             spectrum = scalogram(
@@ -414,7 +424,7 @@ class FastNormWear(ReferenceNormWear):
             )
             return super().forward(spectrum.to(self.cls_token.dtype))  # type: ignore[return-value]
         x = x.to(self._series_dtype())
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or traced.shapes_only(x):
             tokens = window_tokens(1, x.shape[-1], self.optimized_cwt, self.config)
             sizes = (tokens, self.config.embed_dim)
             return cast(Tensor, torch.ops.normwear.forward(x, self._handle, *sizes))
@@ -425,7 +435,8 @@ class FastNormWear(ReferenceNormWear):
             return False
         if x.requires_grad:
             return True
-        if torch.compiler.is_compiling():  # a guard on each; the watch cannot be traced
+        # A guard on each where it is traced; the watch needs addresses.
+        if torch.compiler.is_compiling() or traced.shapes_only(x) or self._hollow():
             return any(parameter.requires_grad for parameter in self.parameters())
         return self._frozen is None and self._watched().requires_grad()
 
@@ -512,8 +523,9 @@ class FastNormWear(ReferenceNormWear):
     # --- many windows --------------------------------------------------------------------------------
 
     def _layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
-        method = scalogram_method(self.optimized_cwt)
-        return cached_layout(tuple(shapes), method, self.config, self.device)
+        method, device = scalogram_method(self.optimized_cwt), self.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return cached_layout(tuple(shapes), method, self.config, device, stream)
 
     def _window_tokens(self, shape: tuple[int, int]) -> int:
         return window_tokens(*shape, self.optimized_cwt, self.config)
@@ -708,7 +720,8 @@ class FastNormWear(ReferenceNormWear):
 
         Returns:
             (B, C, E) for ``keep``, (B, E) for ``mean``, (B, C E) for ``concat``, with a token axis
-            (B, C, T, E) for ``patch`` and its like; a list, one a window, where the shapes differ.
+            (B, C, T, E) for ``patch`` and its like; a list, one a window, where the shapes differ. Of no
+            windows an array with B = 0, and C = 0 where they were an empty list.
 
         Raises:
             InputError: a window of another form, too short, or with missing values (named).
@@ -721,13 +734,22 @@ class FastNormWear(ReferenceNormWear):
             windows, sampling_rate = windows_of(windows)
         items = window_list(windows)
         rates = rate_list(sampling_rate, len(items))
-        shapes = [
-            (item.shape[0], samples_at_model_rate(item.shape[1], rate, resample))
-            for item, rate in zip(items, rates, strict=True)
-        ]
+
+        def at_model_rate(shape: tuple[int, ...], rate: float) -> tuple[int, int]:
+            return shape[0], samples_at_model_rate(shape[1], rate, resample)
+
+        shapes = [at_model_rate(item.shape, rate) for item, rate in zip(items, rates, strict=True)]
         counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
         budget = batch_tokens or self.batch_tokens_default()
-        outputs = Outputs([self._output_shape(s, pool, channels) for s in shapes], convert_to_numpy)
+        nothing = (0, 0)
+        if not items and len(getattr(windows, "shape", ())) == 3:
+            each = sampling_rate if np.ndim(sampling_rate) == 0 else SAMPLING_RATE
+            nothing = at_model_rate(windows.shape[1:], cast(float, each))
+        outputs = Outputs(
+            [self._output_shape(s, pool, channels) for s in shapes],
+            convert_to_numpy,
+            self._output_shape(nothing, pool, channels),
+        )
         units = plan_units(counts, UNIT_BATCHES * budget)
 
         def load(i: int) -> NDArray[np.float32]:

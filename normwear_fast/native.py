@@ -502,6 +502,7 @@ def tokenize(
     pairs = list(zip(samples.lengths, sequences.lengths, strict=True))
     fits = (
         residual.ndim == 2
+        and not tokenizer.float64
         and min(width, rows, scales, tokenizer.num_scales // max(1, scales)) > 0
         and _whole(residual.shape, residual)
         and _whole((len(series),), series)

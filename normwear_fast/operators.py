@@ -41,6 +41,9 @@ class Tokenizer:
         num_scales: wavelet scales.
         method: which scalogram.
         wavelet: PyWavelets' name of the mother wavelet.
+        float64: whether wavelets and patches are, as the published code has SciPy's scalogram. Its
+            values are sums of large terms that nearly cancel: in float32 a token of a signal with a
+            constant, or with little at a scale, is 1e-3 to 2e-2 off.
     """
 
     patch_weight: Tensor
@@ -50,8 +53,14 @@ class Tokenizer:
     num_scales: int
     method: ScalogramMethod
     wavelet: str
+    float64: bool = False
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What a backend made of these tables, by its own key."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of wavelets and patches."""
+        return torch.float64 if self.float64 else self.patch_weight.dtype
 
     def template_start(self, tokens: int) -> int:
         """First row in ``templates`` of the template for a sequence of ``tokens`` tokens."""
@@ -60,7 +69,7 @@ class Tokenizer:
     def bank(self, samples: int) -> Tensor:
         """(num_scales, W) filters for differenced series of ``samples`` values."""
         bank = wavelet_bank(samples, self.method, self.wavelet, self.num_scales)
-        return torch.tensor(bank, dtype=self.patch_weight.dtype, device=self.patch_weight.device)
+        return torch.tensor(bank, dtype=self.dtype, device=self.patch_weight.device)
 
 
 def torch_uses_tf32() -> bool:
@@ -85,7 +94,7 @@ def tokenize(
         tokenizer: tables of the model.
     """
     width = residual.shape[1]
-    patch = tokenizer.patch_weight.view(width, 3, *tokenizer.patch_size)
+    patch = tokenizer.patch_weight.view(width, 3, *tokenizer.patch_size).to(tokenizer.dtype)
     for first, stop in equal_runs(samples, sequences):
         length, tokens = samples.lengths[first], sequences.lengths[first]
         run = series[samples.bounds[first] : samples.bounds[stop]].view(-1, 1, length)
@@ -97,7 +106,9 @@ def tokenize(
         # Differences before any rounding: those of a bfloat16 series would be mostly noise.
         differences = derivatives(run).to(bank.dtype).view(-1, 1, length - 2)
         kept = scalogram_rows(length - 2, tokenizer.method)
-        chunk = max(1, TOKENIZE_ROWS // kept)
+        # One by one where this stands in for the native engine, whose tokens are the same in any batch:
+        # a library's products of other sizes differ in the last bit.
+        chunk = 1 if tokenizer.float64 else max(1, TOKENIZE_ROWS // kept)
         for i in range(0, len(run), chunk):
             part = differences[3 * i : 3 * (i + chunk)]
             y = F.conv1d(part, bank.unsqueeze(1), padding=bank.shape[1] // 2)[..., :kept]
@@ -311,6 +322,7 @@ def _tokenize(
     num_scales: int,
     method: str,
     wavelet: str,
+    float64: bool = False,
 ) -> None:
     tokenizer = Tokenizer(
         patch_weight,
@@ -320,6 +332,7 @@ def _tokenize(
         num_scales,
         cast(ScalogramMethod, method),
         wavelet,
+        float64,
     )
     _backend(residual.device).tokenize(
         residual, series, Segments.from_cu(cu_samples), Segments.from_cu(cu_tokens), tokenizer
@@ -339,6 +352,7 @@ def _(
     num_scales: int,
     method: str,
     wavelet: str,
+    float64: bool = False,
 ) -> None:
     return None
 

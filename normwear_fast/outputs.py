@@ -21,13 +21,21 @@ def pool_channels(part: Tensor, channels: ChannelPool) -> Tensor:
 
 
 class Outputs:
-    """The results of a run in their final place: one array where all shapes agree, else a list."""
+    """The results of a run in their final place: one array where all shapes agree, else a list.
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], as_numpy: bool) -> None:
+    Args:
+        shapes: of every window's result.
+        as_numpy: arrays, or tensors.
+        nothing: the shape that a window's result would have, where there is none.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], as_numpy: bool, nothing: tuple[int, ...]
+    ) -> None:
         self.as_numpy = as_numpy
         self.uniform = len(set(shapes)) <= 1
         if self.uniform:
-            shape = shapes[0] if shapes else (0,)
+            shape = shapes[0] if shapes else nothing
             self.array = torch.empty((len(shapes), *shape), dtype=torch.float32, device="cpu")
         else:
             self.items = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]

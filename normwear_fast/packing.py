@@ -184,8 +184,13 @@ def cached_layout(
     method: ScalogramMethod,
     config: NormWearConfig,
     device: torch.device,
+    stream: int,
 ) -> Layout:
-    """:class:`Layout`, kept: long runs repeat a handful of shapes."""
+    """:class:`Layout`, kept: long runs repeat a handful of shapes.
+
+    One a stream (its handle; 0 without a GPU): tables are copied on the stream that first asks for them,
+    and another would not wait for the copy.
+    """
     return Layout(shapes, method, config, device)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normwear_fast.config import NormWearConfig
+from normwear_fast.engine import tokens_in_float64
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
 from normwear_fast.packing import scalogram_method, sequence_tokens
@@ -81,6 +82,12 @@ def _real_parameters(model: FastNormWear) -> dict[str, Tensor]:
     return {name: real[id(fake)].detach() for name, fake in model.named_parameters()}
 
 
+def shapes_only(x: Tensor) -> bool:
+    """Whether x is on the meta device or a fake tensor, as all are in a FakeTensorMode: no values."""
+    mode = torch._C._TorchDispatchModeKey.FAKE
+    return x.is_meta or isinstance(x, FakeTensor) or torch._C._get_dispatch_mode(mode) is not None
+
+
 class _Trace:
     """One encoding of equal windows, written without sizes that depend on B.
 
@@ -123,6 +130,7 @@ class _Trace:
             config.num_scales,
             self.method,
             config.wavelet,
+            tokens_in_float64(self.method, str(self.dtype).removeprefix("torch.")),
         )
         update: Tensor | None = None
         for i, block in enumerate(folded.blocks):

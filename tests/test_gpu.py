@@ -45,14 +45,25 @@ def test_a_full_budget_is_a_bucket():
     assert bucket_rows(131_072) == bucket_rows(131_040) == 131_072
 
 
-@given(st.integers(14, 1_000), st.integers(1_024, 131_072))
+@given(st.integers(2, 1_000), st.integers(1_024, 131_072))
 def test_a_buckets_tables_hold_any_sequences_and_not_many_more(tokens, rows):
     """Rows are those of the bucket, up to a quarter more than the sequences of so many tokens fill."""
     rows = bucket_rows(rows)
     sequences = max(1, rows // tokens)
     size = table_size(sequences, rows)
     assert size >= sequences
-    assert size <= max(rows // 256, 5 * sequences)
+    assert size <= max(rows // 256, (5 if tokens >= 14 else 7) * sequences)
+
+
+def test_few_columns_of_patches_make_short_sequences():
+    """One column, windows of 11 samples: 2 tokens a sequence."""
+    config = dataclasses.replace(SMALL, num_scales=5)
+    layout = Layout([(2, 11)] * 500, "conv", config, CPU)
+    assert set(layout.sequences.lengths) == {2}
+    rows = bucket_rows(layout.sequences.total)
+    fixed = FixedLayout(rows, table_size(len(layout.sequences), rows), CPU)
+    fixed.fill(layout)
+    assert fixed.sequences.cu[:1001].tolist() == layout.sequences.cu.tolist()
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([16, 64, 128]))
@@ -190,6 +201,11 @@ def test_exact_products_leave_the_process_as_it_was():
         assert flags.allow_tf32
         with exact_products("bfloat16"):
             assert flags.allow_tf32
+        flags.allow_bf16_reduced_precision_reduction = (False, False)
+        with exact_products("bfloat16"):
+            assert not flags.allow_bf16_reduced_precision_reduction
+        assert not flags.allow_bf16_reduced_precision_reduction
+        assert not flags.allow_bf16_reduced_precision_reduction_split_k
     finally:
         flags.allow_tf32, flags.allow_bf16_reduced_precision_reduction = before
 

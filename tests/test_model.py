@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENCODER_GOLDENS, golden, golden_config, golden_weights, recipe_state_dict
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normwear_fast import FastNormWear, NormWearConfig, backends, engine, scalogram, transfer
 from normwear_fast import model as model_module
@@ -738,13 +739,66 @@ def test_a_missing_native_engine_is_said_once(monkeypatch: pytest.MonkeyPatch) -
         backends.select_backend("auto", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("offset", "bound"), [(0.0, 2e-5), (260.0, 5e-2)])
-def test_scipys_scalogram_in_float32(offset: float, bound: float) -> None:
-    """What README says of it: float64 in the published code, float32 in the fast path."""
-    model = tiny(optimized_cwt=False)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(("amplitude", "offset"), [(1.0, 0.0), (1e3, 0.0), (0.1, 1.0), (4e2, 1e5)])
+def test_scipys_scalogram_is_that_of_the_published_code(
+    backend: str, amplitude: float, offset: float
+) -> None:
+    """Smooth signals, gravity and raw counts: sums that nearly cancel, in float64 there and here."""
+    model = tiny(optimized_cwt=False, backend=backend)
     t = np.arange(390) / 65
-    x = (1e3 if offset else 1.0) * (offset + np.sin(2 * np.pi * 1.3 * t + np.arange(2)[:, None]))
+    x = offset + amplitude * np.sin(2 * np.pi * 1.3 * t + np.arange(2)[:, None])
     x = x[None].astype(np.float32)
     plain = model.get_embedding(x).detach()
     fast = model.requires_grad_(False).get_embedding(x)
-    assert 0 < (fast - plain).abs().max() < bound
+    assert 0 < (fast - plain).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimized_cwt", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_autocast_changes_nothing(backend: str, optimized_cwt: bool, precision: str) -> None:
+    """The engine's precision is its own; operands of two dtypes were an error of torch's."""
+    model = tiny(optimized_cwt, precision, backend=backend).requires_grad_(False)
+    x = torch.randn(2, 2, 130)
+    expected, encoded = model(x), model.encode(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), expected)
+        assert np.array_equal(model.encode(x), encoded)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_tensors_without_values_have_a_shape() -> None:
+    """Fake ones, and the meta device's: the native engine read their addresses."""
+    model = tiny().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with mode:
+            assert model(torch.zeros(2, 3, 130)).shape == (2, 3, 183, 32)
+        assert model(mode.from_tensor(torch.zeros(1, 3, 130))).shape == (1, 3, 183, 32)
+        twin.to("meta")
+        assert twin(torch.zeros(1, 3, 130, device="meta")).shape == (1, 3, 183, 32)
+        assert twin.requires_grad_()(torch.zeros(1, 3, 130, device="meta")).requires_grad
+    fake = {name: mode.from_tensor(value) for name, value in model.state_dict().items()}
+    for hollow in (twin, copy.deepcopy(model)):
+        if hollow is not twin:
+            hollow.load_state_dict(fake, assign=True)
+        for call in (hollow.encode, hollow.requires_grad_(False)):
+            with pytest.raises(UsageError, match="without values only forward's shape is known"):
+                call(torch.zeros(1, 3, 130))
+    assert torch.isfinite(model(torch.zeros(1, 3, 130))).all()
+
+
+@pytest.mark.parametrize(
+    ("pool", "channels", "shape"),
+    [("mean", "keep", (0, 3, 32)), ("cls", "mean", (0, 32)), ("patch", "concat", (0, 183, 96))],
+)
+def test_no_windows_have_the_shape_of_some(
+    model: FastNormWear, pool: str, channels: str, shape: tuple[int, ...]
+) -> None:
+    empty = np.empty((0, 3, 260))
+    assert model.encode(empty, 130, pool=pool, channels=channels).shape == shape
+    listed = model.encode([], pool=pool, channels=channels, convert_to_numpy=False)
+    assert (listed.ndim, len(listed)) == (len(shape), 0)
