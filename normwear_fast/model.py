@@ -741,10 +741,10 @@ class FastNormWear(ReferenceNormWear):
         shapes = [at_model_rate(item.shape, rate) for item, rate in zip(items, rates, strict=True)]
         counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
         budget = batch_tokens or self.batch_tokens_default()
-        nothing = (0, 0)
-        if not items and len(getattr(windows, "shape", ())) == 3:
+        nothing, given = (0, 0), getattr(windows, "shape", ())
+        if not items and len(given) == 3:
             each = sampling_rate if np.ndim(sampling_rate) == 0 else SAMPLING_RATE
-            nothing = at_model_rate(windows.shape[1:], cast(float, each))
+            nothing = at_model_rate(given[1:], cast(float, each))
         outputs = Outputs(
             [self._output_shape(s, pool, channels) for s in shapes],
             convert_to_numpy,
