@@ -120,8 +120,8 @@ def ingest(
         gain, baseline: (C,) or one number; a physical value is raw * gain + baseline.
         invalid: (C,) or one integer, the code of a missing sample; None where there is none.
         preprocess, normalize, statistics: as of `preprocess.prepare_window`.
-        implementation: by default ``scipy`` on the CPU, and on a GPU ``cuda`` where it was built, else
-            ``cupy``.
+        implementation: by default ``scipy`` on the CPU, and on a GPU ``cuda`` where it was built for it,
+            else ``cupy``.
 
     Raises:
         InputError: samples of another type or shape, lengths below 1, or a channel whose result is
@@ -134,7 +134,7 @@ def ingest(
     )  # fmt: skip
     on_gpu = call.raw.device.type == "cuda"
     if implementation is None:
-        implementation = ("cuda" if _cuda_is_built() else "cupy") if on_gpu else "scipy"
+        implementation = ("cuda" if _cuda_runs(call.raw.device) else "cupy") if on_gpu else "scipy"
     if implementation not in _IMPLEMENTATIONS:
         raise UsageError(
             f"ingest: implementation is {implementation!r}; it must be 'scipy', 'cupy' or 'cuda'"
@@ -198,11 +198,16 @@ def _checked(
     )
 
 
-def _cuda_is_built() -> bool:
+@lru_cache(maxsize=16)
+def _cuda_runs(device: torch.device) -> bool:
+    """Whether the CUDA operators were built, for this device, with no newer CUDA than its driver's."""
     from normwear_fast import _native
 
     module, _ = _native.load()
-    return module is not None and bool(module.CUDA)
+    if module is None or not module.CUDA:
+        return False
+    with torch.cuda.device(device):
+        return bool(module.cuda_ingest_runs())
 
 
 def _too_large(window: int, channel: int) -> InputError:

@@ -337,6 +337,8 @@ def test_launch_without_a_driver() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert set(module.CUDA_ARCHITECTURES.split()) == {"sm_80", "sm_90a", "sm_100"}
+    assert not module.cuda_ingest_runs()
+    assert not module.cuda_linear_float8_runs()
     x = torch.zeros(1, 8)
     fields: dict[str, Any] = dict.fromkeys(
         (

@@ -117,6 +117,8 @@ void bind(py::module_& m) {
 
     m.def("cuda_linear_float8_runs", &linear_float8_runs);
 
+    m.def("cuda_ingest_runs", &ingest_runs);
+
     m.def(
         "cuda_ingest",
         [](const py::dict& fields, std::uintptr_t stream) {

@@ -15,6 +15,13 @@ __global__ void __launch_bounds__(ingest_threads, 2) ingest_kernel(const Ingest 
 
 }  // namespace
 
+bool ingest_runs() {
+    cudaFuncAttributes attributes;
+    const bool runs = cudaFuncGetAttributes(&attributes, ingest_kernel) == cudaSuccess;
+    if (!runs) cudaGetLastError();  // it is told, not kept for the next call
+    return runs;
+}
+
 void ingest(const Ingest& call, std::uintptr_t stream) {
     if (call.windows == 0 || call.channels == 0) return;
     const std::int64_t values =

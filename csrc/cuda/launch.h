@@ -115,6 +115,9 @@ void tokenize(const Tokenize& call, std::uintptr_t stream);
 void ingest(const Ingest& call, std::uintptr_t stream);
 void linear_float8(const LinearFloat8& call, std::uintptr_t stream);
 
+// Whether the driver is new enough for the runtime this is linked to, and the current device has code.
+bool ingest_runs();
+
 // Whether the driver is new enough for the runtime this is linked to, and makes tensor maps.
 bool linear_float8_runs();
 
