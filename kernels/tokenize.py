@@ -19,6 +19,11 @@ make it one product of 205 GFLOP, and 41 MB of tables for every length in a coho
 
 Differences are formed in float32 and padded with zeros afterwards. For TF32 every operand is rounded to
 nearest here, because the tensor cores truncate.
+
+Before that a series' mean is taken out of it, and that many times the scalogram of a constant 1, from a
+table, is where its own sums begin. The wavelets' sums cancel: with operands of 10 bits, raw counts whose
+constant is 250 times what varies on it had embeddings further off than windows of one recording are apart
+(5e-4 of 1 - cosine for 3e-5 to 1.5e-4; 3e-7 now).
 """
 
 from __future__ import annotations
@@ -39,7 +44,12 @@ from normwear_fast.errors import InputError
 from normwear_fast.kernels.tuning import Choice, Table, pick
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, segment_tiles, upload
-from normwear_fast.wavelets import ScalogramMethod, filter_widths, wavelet_bank
+from normwear_fast.wavelets import (
+    ScalogramMethod,
+    filter_widths,
+    scalogram_rows,
+    wavelet_bank,
+)
 
 InputPrecision = Literal["tf32", "ieee"]
 
@@ -63,7 +73,6 @@ TF32_CHOICES: Table = {
         Choice({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
         Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3),
         Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),
-        Choice({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     ),
     120: (Choice({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8, num_stages=3),),
 }
@@ -94,6 +103,9 @@ KEPT_FILTERS = 641
 0.44 GB in a cohort that has them all. With fewer, lengths that come in order drop one another before they
 come again, and each takes the host a millisecond: more than the 48 of a ragged micro-batch on an H100."""
 
+KEPT_ONES = 641
+"""Lengths whose scalogram of a constant is kept, 0.1 MB each at 390: 40 MB where all up to 640 are."""
+
 KEPT_PLANS = 64
 """Plans of micro-batches kept with a model's tables: long runs repeat a handful of shapes."""
 
@@ -111,6 +123,7 @@ def series_kernel(
     spans,  # (S, 8) int32: see Plan
     templates,  # (template rows, E) float32
     padded,  # (3, plane) float32
+    constants,  # (S,) float32
     residual,  # (>= tokens, E)
     plane,
     residual_stride,
@@ -118,13 +131,21 @@ def series_kernel(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A series and its two differences, with zeros on either side; and the sequence's [CLS] row."""
+    """A series less its mean, that, and its two differences, with zeros on either side; the sequence's
+    [CLS] row."""
     span = spans + 8 * tl.program_id(0)
     source = tl.load(span)
     count = tl.load(span + 1)
     target = tl.load(span + 2)
     size = tl.load(span + 3)
     lead = tl.load(span + 4)
+    # Every program of a sequence adds up all of it, in the same order. Divided first: counts near
+    # float32's largest have a mean too.
+    part = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, count + 2, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        part += tl.load(series + source + i, mask=i < count + 2, other=0.0) / (count + 2)
+    constant = tl.sum(part, axis=0)
     position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = position - lead
     inside = (n >= 0) & (n < count)
@@ -133,6 +154,8 @@ def series_kernel(
     x2 = tl.load(series + source + n + 2, mask=inside, other=0.0)
     first = x2 - x1
     second = first - (x1 - x0)
+    # Exact where the values are within a factor of two of the constant; else it is not large.
+    x2 = tl.where(inside, x2 - constant, 0.0)
     if PRECISION == "tf32":
         x2 = _to_tf32(x2)
         first = _to_tf32(first)
@@ -143,6 +166,7 @@ def series_kernel(
     tl.store(at + plane, first, mask=written)
     tl.store(at + 2 * plane, second, mask=written)
     if tl.program_id(1) == 0:
+        tl.store(constants + tl.program_id(0), constant)
         row = tl.load(span + 5).to(tl.int64) * residual_stride
         template = tl.load(span + 6).to(tl.int64) * E
         for start in tl.static_range(0, E, BLOCK):
@@ -156,6 +180,7 @@ def _scalogram(
     rows,  # (BLOCK_M,) pointers into one padded series
     filters,  # (VALUES, taps) float32
     taps,
+    y,  # (BLOCK_M, BLOCK_V) float32: what the sums begin with
     VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -167,7 +192,6 @@ def _scalogram(
     value = tl.arange(0, BLOCK_V)
     a = rows[:, None] + k[None, :]
     b = filters + value[None, :] * taps + k[:, None]
-    y = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
     for _ in range(0, taps, BLOCK_K):
         wavelets = tl.load(b, mask=(value < VALUES)[None, :], other=0.0)
         y = tl.dot(tl.load(a), wavelets, y, input_precision=PRECISION)
@@ -182,11 +206,13 @@ def _scalogram(
 @triton.jit(do_not_specialize=("num_rows", "num_tiles"))
 def tokens_kernel(
     padded,  # (3, plane) float32
-    rows,  # (3, num_rows) int32: first sample, output row and template row of column 0
+    rows,  # (5, num_rows) int32: first sample; column 0's output and template rows, and patch; sequence
     tiles,  # (num_tiles, 4) int32: first of rows, how many, which filters
     columns,  # (filters, COLUMNS, 4) int64: address of (VALUES, taps) float32, shift, taps
     weight,  # (3, E, VALUES) float32
     templates,  # (template rows, E) float32
+    ones,  # (patches, VALUES) float32: the scalograms of a constant 1
+    constants,  # (S,) float32
     residual,  # (>= tokens, E)
     plane,
     num_rows,
@@ -215,14 +241,20 @@ def tokens_kernel(
     taps = tl.multiple_of(tl.load(entry + 2).to(tl.int32), 32)
 
     start = padded + tl.load(row) + shift
-    y0 = _scalogram(start, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
-    y1 = _scalogram(start + plane, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
-    y2 = _scalogram(start + 2 * plane, filters, taps, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+    value = tl.arange(0, BLOCK_V)
+    patch = ones + (tl.load(row + 3 * num_rows) + column).to(tl.int64)[:, None] * VALUES
+    y = tl.load(patch + value[None, :], mask=(value < VALUES)[None, :], other=0.0)
+    y *= tl.load(constants + tl.load(row + 4 * num_rows))[:, None]
+    y0 = _scalogram(start, filters, taps, y, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+    y = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
+    start += plane
+    y1 = _scalogram(start, filters, taps, y, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
+    start += plane
+    y2 = _scalogram(start, filters, taps, y, VALUES, BLOCK_M, BLOCK_V, BLOCK_K, PRECISION)
 
     written = (m < count)[:, None]
     target = residual + (tl.load(row + num_rows) + column).to(tl.int64)[:, None] * residual_stride
     template = templates + (tl.load(row + 2 * num_rows) + column).to(tl.int64)[:, None] * E
-    value = tl.arange(0, BLOCK_V)
     known = (value < VALUES)[:, None]
     # Two stages: three blocks of weights each are what shared memory has room for.
     for first in tl.range(0, E, BLOCK_N, num_stages=2):
@@ -285,6 +317,7 @@ def tokenize(
     prepared: Prepared = tokenizer.prepared[key]
     plan = prepared.plan(tokenizer, samples, sequences, choice.blocks["BLOCK_M"])
     padded = torch.empty((3, plan.plane), dtype=torch.float32, device=device)
+    constants = torch.empty(len(samples), dtype=torch.float32, device=device)
     with torch.cuda.device_of(residual):
         blocks = pick("tokenize series", "any", SERIES_CHOICES, device)
         grid = (len(samples), triton.cdiv(plan.longest_span, blocks.blocks["BLOCK"]))
@@ -293,6 +326,7 @@ def tokenize(
             plan.spans,
             tokenizer.templates,
             padded,
+            constants,
             residual,
             plan.plane,
             residual.stride(0),
@@ -308,6 +342,8 @@ def tokenize(
             plan.columns,
             prepared.weight,
             tokenizer.templates,
+            prepared.ones.patches,
+            constants,
             residual,
             plan.plane,
             plan.rows.shape[1],
@@ -395,8 +431,9 @@ class Plan:
         spans: (S, 8) int32, a sequence each: first sample in the series; differenced samples; where its
             padded series starts, and how long that is; zeros before it; its [CLS] row in the residual
             and in the templates; 0.
-        rows: (3, rows of patches) int32: first sample in the padded series, row of column 0 in the
-            residual and in the templates. Sequences that share filters follow one another.
+        rows: (5, rows of patches) int32: first sample in the padded series; row of column 0 in the
+            residual and in the templates; its patch in `Ones`; sequence. Sequences that share filters
+            follow one another.
         tiles: (n, 4) int32: first of ``rows``, how many, which filters, 0.
         columns: (filters, columns, 4) int64: address, shift and taps of each column; 0.
         filters: what the addresses point into.
@@ -413,6 +450,65 @@ class Plan:
     longest_span: int
 
 
+def constant_scalogram(
+    samples: int, method: ScalogramMethod, wavelet: str, num_scales: int
+) -> NDArray[np.float64]:
+    """(rows, num_scales) of a series of ``samples`` ones: sums of the wavelets where they overlap it."""
+    bank = wavelet_bank(samples, method, wavelet, num_scales)
+    width = bank.shape[1]
+    sums = np.pad(np.cumsum(bank, axis=1), ((0, 0), (1, 0)))
+    first = np.arange(scalogram_rows(samples, method)) - width // 2
+    stop = np.minimum(width, samples - first)
+    return (sums[:, stop] - sums[:, np.maximum(0, -first)]).T
+
+
+class Ones:
+    """Scalograms of a constant 1 on a device, patch by patch, by the number of differenced samples.
+
+    Args:
+        weight: (3, E, VALUES) float32, beside whose values a patch's are laid out.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.patches = weight.new_empty((0, weight.shape[2]))
+        """(>= patches of all, VALUES) float32. It moves when it grows; places in it stay."""
+        self._first: dict[int, int] = {}
+        self._used = 0
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __contains__(self, samples: int) -> bool:
+        return samples in self._first
+
+    def clear(self) -> None:
+        self._first.clear()
+        self._used = 0
+
+    def first(self, samples: int, tokenizer: Tokenizer) -> int:
+        """Place of the first patch of a constant of ``samples`` differenced samples."""
+        if samples not in self._first:
+            (rows, size), scales = tokenizer.patch_size, tokenizer.num_scales
+            y = constant_scalogram(samples, tokenizer.method, tokenizer.wavelet, scales)
+            height, columns = len(y) // rows, scales // size
+            y = y[: height * rows, : columns * size].reshape(height, rows, columns, size)
+            y = y.transpose(0, 2, 1, 3).reshape(height * columns, rows * size)
+            made = np.zeros((len(y), self.patches.shape[1]), dtype=np.float32)
+            made[:, : y.shape[1]] = y
+            with torch.inference_mode(False):  # written to inside and outside it
+                self._append(samples, upload(made, self.patches.device))
+        return self._first[samples]
+
+    def _append(self, samples: int, made: Tensor) -> None:
+        stop = self._used + len(made)
+        if stop > len(self.patches):
+            grown = made.new_empty((max(stop, 2 * len(self.patches)), made.shape[1]))
+            grown[: self._used] = self.patches[: self._used]
+            self.patches = grown
+        self.patches[self._used : stop] = made
+        self._first[samples], self._used = self._used, stop
+
+
 class Prepared:
     """What is kept of a model's tables on a device, for one precision of the products."""
 
@@ -421,6 +517,7 @@ class Prepared:
         weight = packed_weight(tokenizer.patch_weight)
         self.weight = to_tf32(weight) if self.rounded else weight
         """(3, E, VALUES)."""
+        self.ones = Ones(self.weight)
         self._filters: dict[int, tuple[Filters, Tensor]] = {}
         self._plans: dict[object, Plan] = {}
 
@@ -452,6 +549,14 @@ class Prepared:
             self._filters[length] = host, to_tf32(taps) if self.rounded else taps
         return self._filters[length]
 
+    def _patches_of(self, tokenizer: Tokenizer, count: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(S,) places in :attr:`ones` for sequences of so many differenced samples."""
+        new = [n for n in np.unique(count).tolist() if n not in self.ones]
+        if len(self.ones) + len(new) > KEPT_ONES:
+            self.ones.clear()
+            self._plans.clear()  # they say where patches were
+        return np.array([self.ones.first(n, tokenizer) for n in count.tolist()])
+
     def _made(
         self, tokenizer: Tokenizer, samples: Segments, sequences: Segments, block: int
     ) -> Plan:
@@ -467,6 +572,7 @@ class Prepared:
             int(filter_widths(int(n), tokenizer.method, tokenizer.num_scales).max()) for n in count
         ]
         lengths, which = np.unique(longest, return_inverse=True)
+        patch = self._patches_of(tokenizer, count)
         filters = [self._filters_of(tokenizer, int(length)) for length in lengths]
         lead = np.array([host.lead for host, _ in filters])[which]
         reach = np.array([host.reach for host, _ in filters])[which]
@@ -488,6 +594,8 @@ class Prepared:
                 (padded + lead)[sequence] + patch_rows * t,
                 cls_row[sequence] + 1 + num_columns * t,
                 template[sequence] + 1 + num_columns * t,
+                patch[sequence] + num_columns * t,
+                sequence,
             )
         )
         shared = np.bincount(which, weights=height).astype(np.int64)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def window_tokens(
     return channels * sequence_tokens(samples, scalogram_method(optimized_cwt), config)
 
 
-def upload(array: NDArray[np.int32], device: torch.device) -> Tensor:
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     """A small table on the device, without waiting for what the device is doing."""
     table = torch.from_numpy(array)
     if device.type != "cuda":

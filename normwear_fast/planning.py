@@ -15,7 +15,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.config import NormWearConfig
-from normwear_fast.encode.settings import EncodeSettings, window_samples
+from normwear_fast.encode.settings import EncodeSettings, join_names, window_samples
 from normwear_fast.encode.windows import planned_duration
 from normwear_fast.errors import UsageError
 
@@ -210,7 +210,7 @@ def table(estimate: Estimate, devices: Sequence[Device]) -> list[str]:
     wide = max((len(entry.id) for entry in good[:LISTED]), default=0)
     lines = [
         f"{entry.id:<{wide}}  {entry.windows:>8,} windows  {entry.duration:>10,.1f} s  "
-        f"{', '.join(entry.channels)}"
+        f"{join_names(entry.channels)}"
         for entry in good[:LISTED]
     ]
     if len(good) > LISTED:

@@ -188,6 +188,26 @@ def saved_scalogram(source: str | Path, *, revision: str | None = None) -> bool 
     return value if isinstance(value, bool) else None
 
 
+def saved_config(source: str | Path, *, revision: str | None = None) -> tuple[NormWearConfig, str]:
+    """The sizes that loading weights would take, and where those come from, in words.
+
+    Of a file here the names and shapes are checked against them, as loading does; its values are mapped
+    and not read. Of a hub id config.json alone is fetched.
+
+    Raises:
+        WeightsError: as `load_checkpoint`, but for the values.
+    """
+    if _is_hub_id(str(source)):
+        folder = _snapshot(str(source), revision, [CONFIG_FILE])
+        config, _, origin = _choose_config(folder / CONFIG_FILE, None)
+        return config, origin
+    weights, _ = _locate(str(source), revision)
+    state_dict = read_state_dict(weights)
+    config, _, origin = _choose_config(weights.parent / CONFIG_FILE, None)
+    _check_forms(state_dict, config, None, str(source), origin)
+    return config, origin
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, out of its container and without wrapper prefixes; nothing checked.
 
@@ -288,6 +308,25 @@ def check_names(
         WeightsError: one line with every missing, unexpected, wrongly shaped and wrongly typed
             name; or the first name with a NaN or infinite value.
     """
+    decoder = _check_forms(state_dict, config, decoder, source, origin)
+    for name, value in state_dict.items():
+        if value.numel() and not name.endswith(_COUNTER):
+            low, high = torch.aminmax(value)  # NaN in either if there is one; no copy of the values
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise WeightsError(
+                    f"{source}: {name} holds NaN or infinity; every value must be finite"
+                )
+    return decoder
+
+
+def _check_forms(
+    state_dict: Mapping[str, Tensor],
+    config: NormWearConfig,
+    decoder: bool | None,
+    source: str,
+    origin: str,
+) -> bool:
+    """`check_names` without the values."""
     expected = expected_shapes(config, decoder=True)
     encoder = expected_shapes(config, decoder=False)
     if decoder is None:
@@ -316,13 +355,6 @@ def check_names(
             sizes += "".join(f", {n} {getattr(config, n)}" for n in names)
         found = "; ".join(f"{len(n)} {what}: {', '.join(n)}" for what, n in lists.items() if n)
         raise WeightNamesError(f"{source}: not weights of these sizes ({sizes}; {origin}): {found}")
-    for name, value in state_dict.items():
-        if value.numel() and not name.endswith(_COUNTER):
-            low, high = torch.aminmax(value)  # NaN in either if there is one; no copy of the values
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise WeightsError(
-                    f"{source}: {name} holds NaN or infinity; every value must be finite"
-                )
     return decoder
 
 
@@ -423,14 +455,20 @@ def _first_line(error: BaseException) -> str:
     return one_line(lines[0] if lines else type(error).__name__).rstrip(".")
 
 
+def _is_hub_id(source: str) -> bool:
+    """Whether a name that nothing on disk has is of the form of a Hugging Face id."""
+    if os.path.exists(source):  # unlike Path.exists, False also for names no file could have
+        return False
+    suffixes = (".safetensors", *PICKLED)
+    return _HUB_ID.fullmatch(source) is not None and Path(source).suffix not in suffixes
+
+
 def _locate(source: str, revision: str | None) -> tuple[Path, str]:
     """The file that holds the weights, and what to call it."""
     path = Path(source)
-    if not source or not os.path.exists(
-        path
-    ):  # unlike Path.exists, False also for names no file could have
-        if _HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED):
-            return _download(source, revision)
+    if _is_hub_id(source):
+        return _download(source, revision)
+    if not source or not os.path.exists(path):
         raise WeightsError(
             f"{source or repr(source)}: no such weights file or folder, "
             "and no Hugging Face id (owner/name) either"
@@ -464,14 +502,25 @@ def _weights_in(folder: Path) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """The weights of a hub id in huggingface_hub's cache, fetched if they are not there yet."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    snapshot = _snapshot(hub_id, revision, [WEIGHTS_FILE, CONFIG_FILE])
+    if not (snapshot / WEIGHTS_FILE).is_file():
+        raise WeightsError(
+            f"{hub_id}: no {WEIGHTS_FILE} in "
+            f"{'the cache (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else 'this repository'}; fetch it "
+            f"where there is a network with {_fetching(hub_id, revision)}, or give a weights file"
+        )
+    return snapshot / WEIGHTS_FILE, f"{hub_id}@{snapshot.name}"
+
+
+def _snapshot(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of these files of a hub id in huggingface_hub's cache; those it has are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    at = f" --revision {revision}" if revision else ""
-    fetch = f"`hf download {hub_id} {WEIGHTS_FILE} {CONFIG_FILE}{at}`"
     try:
-        files = [WEIGHTS_FILE, CONFIG_FILE]
-        snapshot = Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     # Its errors differ between versions and HTTP libraries; all of them mean: not to be had.
     except Exception as error:
         if HF_HUB_OFFLINE:
@@ -479,16 +528,14 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
         else:
             reason = f"not to be had from the hub and not in the cache ({_first_line(error)})"
         raise WeightsError(
-            f"{hub_id}: no such file or folder, and as a Hugging Face id {reason}; fetch it once "
-            f"where there is a network with {fetch}, or give a weights file"
+            f"{hub_id}: no such file or folder, and as a Hugging Face id {reason}; fetch it once where "
+            f"there is a network with {_fetching(hub_id, revision)}, or give a weights file"
         ) from None
-    if not (snapshot / WEIGHTS_FILE).is_file():
-        raise WeightsError(
-            f"{hub_id}: no {WEIGHTS_FILE} in "
-            f"{'the cache (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else 'this repository'}; "
-            f"fetch it where there is a network with {fetch}, or give a weights file"
-        )
-    return snapshot / WEIGHTS_FILE, f"{hub_id}@{snapshot.name}"
+
+
+def _fetching(hub_id: str, revision: str | None) -> str:
+    at = f" --revision {revision}" if revision else ""
+    return f"`hf download {hub_id} {WEIGHTS_FILE} {CONFIG_FILE}{at}`"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ takes is compared with what the format's own library makes of the same file.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 import resource
@@ -80,13 +81,16 @@ def library(path: Path, form: str) -> list[np.ndarray]:
         channels: list[np.ndarray] = []
         for name in ("BVP", "EDA", "ACC", "TEMP", "HR"):
             if form == "e4":
-                table = pd.read_csv(path / f"{name}.csv", header=None, skiprows=2)
+                content = (path / f"{name}.csv").read_bytes()
             else:
                 with zipfile.ZipFile(path) as file:
                     if f"{name}.csv" not in file.namelist():
                         continue  # its name is what was damaged
-                    with file.open(f"{name}.csv") as member:
-                        table = pd.read_csv(member, header=None, skiprows=2)
+                    content = file.read(f"{name}.csv")
+            try:
+                table = pd.read_csv(io.BytesIO(content), header=None, skiprows=2)
+            except pd.errors.EmptyDataError:
+                continue  # no samples
             scale = 1 / 64 if name == "ACC" else 1.0
             channels += [table[i].to_numpy(np.float64) * scale for i in table]
         return channels

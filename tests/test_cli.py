@@ -24,6 +24,10 @@ from helpers import full_disk
 from normwear_fast import FastNormWear, NormWearConfig, __version__, load_embeddings
 from normwear_fast.cli import encode as encode_command
 from normwear_fast.cli.main import COMMANDS, build_parser, main
+from normwear_fast.encode.settings import join_names, split_names
+from normwear_fast.encode.windows import select_channels
+from normwear_fast.errors import RecordingError
+from normwear_fast.recordings import Channel
 
 TINY = NormWearConfig(
     embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=64, decoder_num_heads=1, decoder_depth=1
@@ -116,6 +120,76 @@ def test_dry_run_needs_no_weights_and_writes_nothing(
     assert (plan["windows"], plan["tokens"]) == (6, 3288)
     assert [entry["windows"] for entry in plan["inputs"]] == [4, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_plans_the_model_that_the_run_would_load(
+    recordings: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*words: object) -> dict[str, Any]:
+        assert encode(recordings, "--dry-run", "--json", *words) == 0
+        return json.loads(capsys.readouterr().out)
+
+    base = planned()
+    assert base["model"]["embed_dim"] == 768
+    assert base["model"]["origin"] == "the released sizes, as nothing said others"
+    given = planned("--weights", weights)
+    assert (given["model"]["embed_dim"], given["model"]["depth"]) == (64, 2)
+    assert given["model"]["origin"] == f"{weights}, from config.json"
+    assert given["output_bytes"] < base["output_bytes"] / 4
+    assert given["flops"] < base["flops"] / 100
+    small = planned("--random-weights", 0, "--model-size", "small")
+    assert small["model"]["embed_dim"] == 128
+    assert planned("--random-weights", 0)["model"]["embed_dim"] == 768
+    assert encode(recordings, "--dry-run") == 0
+    assert "embed_dim 768, depth 12; the released sizes" in capsys.readouterr().out
+
+    # Weights that the run would refuse are refused: nothing says that these are not the released size.
+    shutil.copy(weights / "model.safetensors", tmp_path)
+    refused = []
+    for extra in (["--dry-run"], ["--output", tmp_path / "out"]):
+        assert encode(recordings, "--weights", tmp_path, *extra) == 2
+        refused.append(one_error(capsys))
+    assert refused[0] == refused[1]
+    assert "not weights of these sizes (embed_dim 768" in refused[0]
+
+
+def test_channels_whose_names_have_commas(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["ECG, lead I", "PPG", 'the "red"']
+    data = np.random.default_rng(0).standard_normal((3, 65 * 7))
+    np.savez(tmp_path / "x.npz", data=data, sampling_rate=65.0, channels=names)
+    words = [tmp_path / "x.npz", "--weights", weights, "--output", tmp_path / "out"]
+    assert encode(*words, "--channels", 'PPG, "ECG, lead I"') == 0
+    assert load_embeddings(tmp_path / "out").channels[0].tolist() == ["PPG", "ECG, lead I"]
+    capsys.readouterr()
+    assert encode(*words, "--channels", '"ECG, lead I') == 2
+    assert 'argument --channels: "ECG, lead I is no list of channels' in one_error(capsys)
+    assert split_names(join_names(names)) == tuple(names)
+    assert join_names(names) == '"ECG, lead I", PPG, "the ""red"""'
+    # The names that an error lists can be copied.
+    with pytest.raises(RecordingError) as caught:
+        select_channels([Channel(name, "", 65.0, 1) for name in names], ["EEG"])
+    assert str(caught.value) == f"has no channel EEG; it has {join_names(names)}"
+    for command in ("encode", "plan", "prepare", "finetune", "zeroshot"):
+        main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())  # its lines are as wide as the terminal
+        assert """'"ECG, lead I",PPG'""" in said, command
+
+
+def test_a_name_that_can_be_no_id_is_one_failed_recording(
+    recordings: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (b"a\nb.npz", b"\xff.npz", b"good.npz"):
+        shutil.copy(recordings / "two.npz", os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    words = [tmp_path, "--weights", weights, "--output", tmp_path / "out"]
+    assert encode(*words) == 1
+    said = capsys.readouterr()
+    assert "1 of 1 windows encoded\n2 of 3 recordings failed: \\xff, a\\nb\n" in said.out
+    assert f"{tmp_path}/a\\nb.npz: its name has characters no id can have; rename it" in said.err
+    assert load_embeddings(tmp_path / "out").recording.tolist() == ["good"]
+    assert encode(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.npz"), *words[1:]) == 2
+    assert "\\xff.npz: its name" in one_error(capsys)
 
 
 def test_ctrl_c_says_how_to_go_on(
@@ -385,6 +459,31 @@ def test_nan_is_a_skipped_row(
     np.savez(tmp_path / "x.npz", data=data, sampling_rate=65.0)
     assert encode(tmp_path / "x.npz", "--weights", weights, "--output", tmp_path / "out") == 0
     assert "1 of 3 windows encoded; 2 skipped (2 for missing data)" in capsys.readouterr().out
+
+
+def test_the_channels_that_lacked_data_are_named(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = np.random.default_rng(0).random((5, 65 * 18))
+    data[1] = np.nan
+    data[0, :500] = np.nan
+    data[3:, :1] = np.nan  # less than a tenth of a window
+    names = ["ECG", "PPG", "EDA", "ACC x", "ACC y"]
+    np.savez(tmp_path / "x.npz", data=data, sampling_rate=65.0, channels=names)
+    words = [tmp_path / "x.npz", "--weights", weights, "--output", tmp_path / "out"]
+    assert encode(*words) == 0
+    wanted = "lacked data most: PPG in 3 of the windows skipped for it, ECG in 2\n"
+    assert wanted in capsys.readouterr().out
+    assert encode(*words, "--json") == 0  # complete already: the parts know
+    assert json.loads(capsys.readouterr().out)["lacking"] == {"PPG": 3, "ECG": 2}
+    assert encode(*words, "--overwrite", "--max-missing", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["lacking"]["ACC y"] == 1
+    assert encode(*words, "--overwrite", "--max-missing", "0") == 0
+    assert "ECG in 2, ACC x in 1, and 1 more (--json has all)\n" in capsys.readouterr().out
+    assert encode(*words, "--overwrite", "--max-missing", "1", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["skipped"] == {"no data in a channel": 3}
+    assert summary["lacking"] == {"PPG": 3, "ECG": 1}
 
 
 def test_stderr_that_the_shell_has_closed(recordings: Path, tmp_path: Path) -> None:

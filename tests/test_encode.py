@@ -36,6 +36,7 @@ from normwear_fast.encode import (
 )
 from normwear_fast.encode.output import METADATA_KEY, OutputFolder
 from normwear_fast.encode.prepare import MISSING, NOT_FINITE, TOO_LARGE, Job
+from normwear_fast.encode.survey import file_state
 from normwear_fast.encode.units import plan_units
 from normwear_fast.encode.windows import Extractor, Tiling, Window
 from normwear_fast.errors import OutputError, RecordingError, UsageError
@@ -438,9 +439,56 @@ def test_values_no_model_can_take_are_skipped(tmp_path: Path) -> None:
 
 
 def test_names_that_cannot_be_ids(tmp_path: Path) -> None:
-    np.save(tmp_path / os.fsdecode(b"\xff.npy"), np.zeros((1, 1000)))
-    with pytest.raises(UsageError, match="rename it"):
-        run(tmp_path, tmp_path / "out", replace(SETTINGS, rate=65.0))
+    """Each fails under the printable form of its name, which is no other recording's id."""
+    signal = np.random.default_rng(0).standard_normal((1, 200))
+    folder = tmp_path / os.fsdecode(b"of \xe9")  # what lies in it has ids all the same
+    folder.mkdir()
+    bad = ("a\nb", "c\td", os.fsdecode(b"\xff"), "e\u2028f")
+    good_names = {"a\\nb", "é", "at 9.41\u202fAM"}  # as macOS writes the time
+    for name in (*bad, *good_names):
+        np.save(folder / f"{name}.npy", signal)
+    settings = replace(SETTINGS, rate=65.0)
+    for _ in range(2):  # the second time it goes on
+        summary = run(folder, tmp_path / "out", settings)
+        assert list(summary.failed) == [r"\xff", r"a\nb_2", r"c\td", r"e\u2028f"]
+        assert all("rename it" in message for message in summary.failed.values())
+        assert all(message.isprintable() for message in summary.failed.values())
+        assert (summary.exit_code, summary.recordings, summary.tally.ok) == (1, 7, 3)
+    assert set(load_embeddings(tmp_path / "out").recording) == good_names
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert len({entry["recording"] for entry in manifest["inputs"]}) == 7
+    good = [entry["path"] for entry in manifest["inputs"] if entry["error"] is None]
+    assert set(good) == {str(folder / f"{name}.npy") for name in good_names}
+    # None of them is in a list of windows that names the others.
+    listed = tmp_path / "windows.csv"
+    listed.write_text("recording,start_s,duration_s\né,0,2\n")
+    windows = read_window_list(listed)
+    by_list = replace(settings, windows=windows.digest)
+    assert run(folder, tmp_path / "listed", by_list, windows=windows).exit_code == 0
+    alone = folder / "a\nb.npy"
+    with pytest.raises(UsageError, match=r"a\\nb\.npy: its name .* rename it"):
+        run(alone, tmp_path / "alone", settings)
+
+
+def test_parts_from_before_lacking_channels_were_counted(cohort: Path, tmp_path: Path) -> None:
+    """They are read, and a run goes on from them."""
+    output = tmp_path / "out"
+    assert run(cohort, output).tally.lacking == {"S1": 2}
+    (part,) = output.glob("part-*")
+    table = pq.read_table(part)
+    metadata = json.loads(table.schema.metadata[b"normwear_fast"])
+    del metadata["tally"]["lacking"]
+    pq.write_table(
+        table.replace_schema_metadata({b"normwear_fast": json.dumps(metadata).encode()}), part
+    )
+    again = run(cohort, output)
+    assert (again.already_complete, again.tally.lacking) == (True, {})
+    metadata["tally"]["lacking"] = {"S1": "two"}
+    pq.write_table(
+        table.replace_schema_metadata({b"normwear_fast": json.dumps(metadata).encode()}), part
+    )
+    with pytest.raises(OutputError, match="is damaged"):
+        run(cohort, output)
 
 
 # --- resume ----------------------------------------------------------------------------------------
@@ -661,6 +709,33 @@ def test_a_header_stands_for_its_samples_too(data_dir: Path, tmp_path: Path) -> 
     os.utime(tmp_path / "a103l.mat", ns=(0, 5))
     with pytest.raises(OutputError, match="recording a103l was changed"):
         run(tmp_path / "a103l.hea", tmp_path / "out", settings_)
+
+
+def test_a_header_stands_for_its_segments_samples_too(tmp_path: Path) -> None:
+    """Whatever their files are named; a segment without a header of its own costs only itself."""
+    (tmp_path / "r.hea").write_text("r/2 1 50 200\na 100\nb 100\n")
+    (tmp_path / "a.hea").write_text("a 1 50 100\nsamples_1.sig 16 100/mV 16 0 0 0 0 ECG\n")
+    files = {"r.hea", "a.hea", "samples_1.sig", "b.dat"}
+    for name in ("samples_1.sig", "b.dat"):
+        (tmp_path / name).write_bytes(bytes(200))
+    for number, name in enumerate(sorted(files)):
+        os.utime(tmp_path / name, ns=(0, number + 5))
+    size, latest = file_state(tmp_path / "r.hea")
+    assert size == sum((tmp_path / name).stat().st_size for name in files)
+    assert latest == 8
+    os.utime(tmp_path / "samples_1.sig", ns=(0, 99))
+    assert file_state(tmp_path / "r.hea") == (size, 99)
+
+
+def test_a_brainvision_header_stands_for_the_files_it_names(tmp_path: Path) -> None:
+    header = tmp_path / "r.vhdr"
+    header.write_text("Brain Vision\n[Common Infos]\nDataFile=other.eeg\nMarkerFile=../m.vmrk\n")
+    (tmp_path / "other.eeg").write_bytes(bytes(50))
+    assert (
+        file_state(header)[0] == header.stat().st_size
+    )  # a name that leads out: the reader says so
+    header.write_text(header.read_text().replace("../m", "$b"))
+    assert file_state(header)[0] == header.stat().st_size + 50
 
 
 def test_threads_and_unit_sizes_are_taken_over(
@@ -947,6 +1022,10 @@ def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
         ),
         ("recording,start_s,duration_s\na,0,0.1\n", "line 2: a window of 0.1 s is 6 samples"),
         ("recording,start_s,end_s,window_id\na,0,2,w\na,1,3,w\n", "'w' is there twice"),
+        (
+            "recording,start_s,duration_s\na,0,6\na,0,5,6\n",
+            "line 3: has 4 cells for the 3 columns recording, start_s, duration_s; as many are right",
+        ),
     ],
 )
 def test_lists_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
@@ -954,6 +1033,12 @@ def test_lists_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         read_window_list(path)
+
+
+def test_a_list_whose_rows_end_in_empty_cells(tmp_path: Path) -> None:
+    path = tmp_path / "windows.csv"
+    path.write_text("recording,start_s,duration_s\na,0,6,\na,6,6, ,\n")
+    assert read_window_list(path).recordings["a"].durations.tolist() == [6, 6]
 
 
 def test_importing_encode_is_light() -> None:

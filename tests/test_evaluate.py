@@ -256,11 +256,11 @@ def test_a_class_the_test_half_lacks_is_left_out_and_the_rest_renormalised(matri
 def test_what_cannot_be_scored_says_so(matrix):
     x, y = matrix["x"], matrix["three"]
     train, test = matrix["train"], matrix["test"]
-    with pytest.raises(InputError, match="the test half holds class 2 alone"):
+    with pytest.raises(InputError, match="class 'c' alone in the test half"):
         probe.fit_probe(x, y, train, test[y[test] == 2], THREE)
-    with pytest.raises(InputError, match="class 1 is in the test half and not in training"):
+    with pytest.raises(InputError, match="class 'b' is in the test half and not in training"):
         probe.fit_probe(x, y, train[y[train] != 1], test, THREE)
-    with pytest.raises(InputError, match="class 0 alone in training"):
+    with pytest.raises(InputError, match="class 'a' alone in training"):
         probe.fit_probe(x, y, train[y[train] == 0], test, THREE)
     with pytest.raises(InputError, match="0 samples train"):
         probe.fit_probe(x, y, train[:0], test, THREE)
@@ -774,6 +774,32 @@ def test_the_command_writes_a_report(capsys, tiny_random, tmp_path):
     assert json.loads((output / "results.json").read_text())["settings"]["shuffle_channels"]
     with pytest.raises(OutputError, match="exists"):
         command(str(BASIC_MOTIONS), "--baseline", "raw", "--output", str(output))
+
+
+def test_a_set_given_twice_is_used_once(capsys, monkeypatch):
+    monkeypatch.chdir(BASIC_MOTIONS.parent)
+    again = [str(BASIC_MOTIONS), BASIC_MOTIONS.name, str(BASIC_MOTIONS)]
+    options = ["--baseline", "statistics", "--no-cache", "--resamples", "0", "--json"]
+    assert command(*again, *options) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [row["dataset"] for row in found["results"]] == ["basic_motions"]
+    assert found["comparisons"] == []
+    notes = [line for line in said.err.splitlines() if line.startswith("note:")]
+    assert notes == [
+        f"note: {BASIC_MOTIONS.name} is given twice, as {BASIC_MOTIONS} too; it is used once",
+        f"note: {BASIC_MOTIONS} is given twice; it is used once",
+    ]
+
+
+def test_a_class_is_named_as_the_data_have_it(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"data": [[[1.0, 2.0, 4.0]]] * 6, "label": [1] * 6, "sampling_rate": [65.0] * 6}
+    pq.write_table(pa.table(rows), tmp_path / "ones.parquet")
+    with pytest.raises(InputError, match="label: class '1' alone in training; two or more"):
+        command(str(tmp_path / "ones.parquet"), "--baseline", "raw", "--no-cache")
 
 
 def test_the_command_lists_and_prepares(capsys, tmp_path):

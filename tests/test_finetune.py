@@ -414,6 +414,19 @@ def test_no_subject_is_in_two_parts_and_every_class_in_training(seed: int) -> No
     assert 0.05 < len(split.validation) / count < 0.4
 
 
+def test_data_that_cannot_be_split_are_refused_before_they_are_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    windows, labels, _, _ = pulses(4, 1)
+    data = LabelledWindows.from_arrays(windows, labels, RATE, subjects=["a"] * len(labels))
+    said: list[str] = []
+    tuner = FineTuner(encoder(), device="cpu", progress=said.append)
+    monkeypatch.setattr(tuner.model, "encode", lambda *args, **options: pytest.fail("encoded"))
+    with pytest.raises(InputError, match="one subject only"):
+        tuner.fit(data)
+    assert said == []
+
+
 def test_a_split_that_cannot_be_is_named() -> None:
     windows, labels, _, _ = pulses(4, 1)
     arguments: dict[str, Any] = {"sampling_rate": RATE}

@@ -192,6 +192,132 @@ def test_time_arrays(store: Callable[..., Path]) -> None:
     np.testing.assert_allclose(data[inside], np.interp(grid[inside], jittered, uneven), atol=0.2)
 
 
+@pytest.mark.parametrize(
+    ("units", "unit"),
+    [
+        ("milliseconds since 2024-01-01", 1e-3),
+        ("microseconds since 2024-1-1 0:0:0", 1e-6),
+        ("Seconds Since 2024-01-01T00:00:00Z", 1.0),
+        ("minutes since 2024-01-01 00:00:00 UTC", 60.0),
+        ("days since 2024-01-01 01:00:00+01:00", 86400.0),
+    ],
+)
+def test_units_of_time_as_xarray_writes_them(
+    store: Callable[..., Path], units: str, unit: float
+) -> None:
+    ecg = signal(1, 500)[0]
+    late = np.arange(500) / 100 + 7.0  # 100 Hz: 10 ms could be 10 s
+
+    def fill(root: Any, put: Any) -> None:
+        put(root, "ecg", ecg).attrs["units"] = "mV"
+        times = late / unit
+        times = np.round(times).astype(np.int64) if unit < 1 else times
+        put(root, "time", times).attrs["units"] = units
+
+    recording, whole = opened(store(fill))
+    (channel,) = recording.channels
+    assert (channel.name, channel.unit, channel.sampling_rate) == ("ecg", "mV", 100.0)
+    np.testing.assert_array_equal(whole[0], ecg)
+    assert recording.start_time is not None
+    begun = recording.start_time - datetime(2024, 1, 1, 0, 0, 7, tzinfo=UTC)
+    assert abs(begun.total_seconds()) < 1e-3
+    assert not any("read as" in note for note in recording.notes)  # nothing is guessed
+
+
+@pytest.mark.parametrize("clocked", [True, False])
+def test_numbers_as_xarray_packs_them(store: Callable[..., Path], clocked: bool) -> None:
+    counts = np.arange(-250, 250, dtype=np.int16)
+
+    def fill(root: Any, put: Any) -> None:
+        attributes = put(root, "ecg", counts).attrs
+        attributes["scale_factor"], attributes["add_offset"] = 0.005, 1.5
+        attributes["_FillValue"] = -7
+        if clocked:
+            put(root, "time_ms", 10 * np.arange(500))
+        else:
+            root.attrs["sampling_rate"] = 100.0
+
+    _, whole = opened(store(fill))
+    expected = np.where(counts == -7, np.nan, counts * 0.005 + 1.5)
+    np.testing.assert_array_equal(whole[0], expected)
+
+
+def test_packing_that_is_no_number(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "ecg", np.arange(500)).attrs["scale_factor"] = "tenths"
+        root.attrs["sampling_rate"] = 100.0
+
+    with pytest.raises(RecordingError, match="scale_factor of ecg is 'tenths'; a number is right"):
+        opened(store(fill))
+
+
+def test_time_arrays_that_count_from_moments_of_their_own(store: Callable[..., Path]) -> None:
+    """xarray counts from the first time of each array."""
+
+    def fill(root: Any, put: Any) -> None:
+        for name, moment in (("a", "2024-01-01 00:00:00"), ("b", "2024-01-01 00:00:03")):
+            group = root.create_group(name)
+            put(group, "ecg", signal(1, 500)[0])
+            put(group, "time", 10 * np.arange(500)).attrs["units"] = f"milliseconds since {moment}"
+
+    recording, _ = opened(store(fill))
+    assert [(c.name, c.start) for c in recording.channels] == [("a/ecg", 0.0), ("b/ecg", 3.0)]
+
+
+def test_units_since_what_is_no_date(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "ecg", signal(1, 500)[0])
+        put(root, "time", 10 * np.arange(500)).attrs["units"] = "ms since the start"
+
+    recording, _ = opened(store(fill))
+    assert (recording.channels[0].sampling_rate, recording.start_time) == (100.0, None)
+    assert recording.notes == ("time counts 'ms since the start': no date that is known here",)
+
+
+def test_units_that_contradict_the_name(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "ecg", signal(1, 500)[0])
+        put(root, "time_ms", 10 * np.arange(500)).attrs["units"] = "seconds since 2024-01-01"
+
+    refused(store(fill), "time_ms", "seconds since", "contradict its name")
+
+
+def test_what_is_no_signal_is_noted(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        root.attrs["sampling_rate"] = 64.0
+        root.attrs["channels"] = ["x", "y"]
+        put(root, "ppg", signal(1, 640)[0])
+        put(root, "eda", signal(1, 320)[0])
+        put(root, "labels", np.arange(10))
+        put(root, "events", np.ones((30, 2)))
+        put(root, "slow", signal(1, 10)[0]).attrs["sampling_rate"] = 1.0
+        put(root, "time", np.arange(99) / 64)
+
+    recording, _ = opened(store(fill))
+    found = {c.name: c.samples for c in recording.channels}
+    assert found == {"ppg": 640, "eda": 320, "slow": 10}
+    for words in (
+        "labels (10,) is far shorter than ppg (640,)",
+        "events (30, 2) is far shorter",
+        "time array time is not the clock of any array",
+        "channels belongs to an array data",
+        "eda ends 5 s before",
+    ):
+        assert any(words in note for note in recording.notes), words
+    assert len(recording.notes) == 5
+
+
+def test_of_two_time_arrays_the_one_that_a_table_would_have(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "ecg", signal(1, 400)[0])
+        put(root, "time", np.random.default_rng(5).uniform(0, 10, 400))
+        put(root, "timestamp", np.arange(400) / 50)
+
+    recording, _ = opened(store(fill))
+    assert recording.channels[0].sampling_rate == 50.0
+    assert "time array time is not the clock of any array and left out" in recording.notes
+
+
 def test_a_temperature_is_no_time_array(store: Callable[..., Path]) -> None:
     values = {"T": signal(1, 500)[0], "t": signal(1, 500)[0]}
 
@@ -829,11 +955,30 @@ def test_e4_refused(tmp_path: Path, file: str, old: str, new: str, words: list[s
     refused(tmp_path / "s.zip", *words)
 
 
-def test_e4_without_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [0, 1, 2])
+@pytest.mark.parametrize("name", ["BVP", "ACC", "HR"])
+def test_e4_sensors_without_samples_are_left_out(tmp_path: Path, name: str, lines: int) -> None:
     write_e4(tmp_path / "s")
-    text = (tmp_path / "s" / "HR.csv").read_text()
-    (tmp_path / "s" / "HR.csv").write_text("".join(text.splitlines(True)[:2]))
-    refused(tmp_path / "s", "HR.csv holds no samples")
+    file = tmp_path / "s" / f"{name}.csv"
+    file.write_text("".join(file.read_text().splitlines(True)[:lines]))
+    zipped(tmp_path / "s", tmp_path / "s.zip")
+    for path in (tmp_path / "s", tmp_path / "s.zip"):
+        recording, whole = opened(path)
+        names = [channel.name for channel in recording.channels]
+        assert len(names) == len(whole) == (4 if name == "ACC" else 6)
+        assert not any(channel.startswith(name) for channel in names)
+        assert f"{name}.csv holds no samples and is left out" in recording.notes
+
+
+def test_e4_without_any_samples(tmp_path: Path) -> None:
+    write_e4(tmp_path / "s")
+    for file in (tmp_path / "s").glob("*.csv"):
+        file.write_text("".join(file.read_text().splitlines(True)[:2]))
+    refused(tmp_path / "s", "none of its sensors' files holds samples")
+    # what is cut short within its header, or damaged, is not empty
+    write_e4(tmp_path / "s")
+    (tmp_path / "s" / "HR.csv").write_bytes(b"\0" * 40)
+    refused(tmp_path / "s", "HR.csv begins with no time")
 
 
 def hostile_zip(tmp_path: Path, kind: str) -> Path:

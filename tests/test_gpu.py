@@ -324,6 +324,21 @@ def test_fast_precisions_through_triton(name, precision, worst, mean, narrow):
     assert cosine.min() >= worst
 
 
+@pytest.mark.parametrize("optimized", [True, False])
+def test_raw_counts_through_triton(optimized, narrow):
+    """A pulse on a constant 250 times as large. At 6 s and the small size two such windows are 3e-5 to
+    1.5e-4 apart; what the tokenizer's operands of 10 bits made of them was up to 5e-4 off."""
+    config = NormWearConfig(embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=16)
+    t = np.arange(130) / 65
+    pulse = [np.sin(2 * np.pi * f * t) + 0.3 * np.sin(4 * np.pi * f * t + 1) for f in (1.2, 1.5)]
+    x = (1e5 + 400 * np.stack(pulse)).round()[:, None].astype(np.float32)
+    exact = FastNormWear(optimized, config=config).double().encode(x)
+    model = FastNormWear(optimized, config=config, backend="triton", precision="bfloat16")
+    found = torch.from_numpy(model.encode(x)).double()
+    cosine = torch.nn.functional.cosine_similarity(found, torch.from_numpy(exact).double(), dim=-1)
+    assert (1 - cosine).max() < 2e-6
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_float8_with_its_activation_in_the_product(pool, monkeypatch):
     """`linear_float8`'s definition in the layers: its order and factors are taken back by fc2."""

@@ -86,7 +86,7 @@ def test_a_passing_fault_costs_nothing(tmp_path: Path) -> None:
     assert common.rows(tmp_path / "out") == common.rows(tmp_path / "again")
 
 
-@pytest.mark.parametrize("extension", ["csv", "edf", "hea", "npz"])
+@pytest.mark.parametrize("extension", ["csv", "edf", "hea", "npz", "vhdr", "fif"])
 def test_a_pipe_is_no_recording(extension: str, cohort_folder: Path, tmp_path: Path) -> None:
     """Opening one would wait for ever, in the search, the survey or a resumed run."""
     folder = cohort_folder

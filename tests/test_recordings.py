@@ -300,6 +300,51 @@ def test_wfdb_several_segments(tmp_path: Path) -> None:
         open_recording(tmp_path / "fixed.hea")
 
 
+def _layout(folder: Path, layout: list[str], *segments: list[str]) -> tuple[Path, list[np.ndarray]]:
+    """A record of variable layout, and the values of its segments' signals; wfdb 4.3.1 writes none
+    with two signals of one name, and cannot read one."""
+    line = "{} 16 100/mV 16 0 0 0 0 {}\n"
+    lines = "".join(line.format("~", name) for name in layout)
+    write(folder / "layout.hea", f"layout {len(layout)} 50 0\n{lines}")
+    values = []
+    for number, names in enumerate(segments):
+        digital = np.random.default_rng(number).integers(-500, 500, (60, len(names)))
+        (folder / f"s{number}.sig").write_bytes(digital.astype("<i2").tobytes())
+        lines = "".join(line.format(f"s{number}.sig", name) for name in names)
+        write(folder / f"s{number}.hea", f"s{number} {len(names)} 50 60\n{lines}")
+        values.append(digital.T / 100)
+    listed = "".join(f"s{number} 60\n" for number in range(len(segments)))
+    head = f"r/{len(segments) + 1} {len(layout)} 50 {60 * len(segments)}\nlayout 0\n"
+    return write(folder / "r.hea", head + listed), values
+
+
+def test_wfdb_signals_of_one_name_are_matched_in_their_order(tmp_path: Path) -> None:
+    path, values = _layout(
+        tmp_path, ["ECG", "PPG", "ECG"], ["ECG", "ECG", "PPG"], ["PPG"], ["PPG", "ECG", "ECG"]
+    )
+    recording, data = opened(path)
+    assert [c.name for c in recording.channels] == ["ECG", "PPG", "ECG_2"]
+    none = np.full(60, np.nan)
+    for channel, (place, there) in enumerate(zip([0, 2, 1], [1, 0, 2], strict=True)):
+        middle = values[1][0] if channel == 1 else none
+        expected = np.concatenate([values[0][place], middle, values[2][there]])
+        np.testing.assert_allclose(data[channel], expected, rtol=0, atol=1e-12)
+
+
+def test_wfdb_signals_of_one_name_that_nothing_tells_apart(tmp_path: Path) -> None:
+    for layout, segment in ((["ECG", "ECG"], ["ECG"]), (["ECG"], ["ECG", "ECG"])):
+        path, _ = _layout(tmp_path, layout, layout, segment)
+        with pytest.raises(RecordingError, match=r"s1\.hea: has \d signals named 'ECG'"):
+            open_recording(path)
+
+
+def test_wfdb_signals_that_the_layout_lacks_are_noted(tmp_path: Path) -> None:
+    path, values = _layout(tmp_path, ["ECG"], ["ABP", "ECG"], ["ABP", "ECG"])
+    recording, data = opened(path)
+    assert recording.notes == ("signal ABP is not in the layout and left out",)
+    np.testing.assert_allclose(data[0], np.concatenate([values[0][1], values[1][1]]), atol=1e-12)
+
+
 @pytest.fixture
 def record(data_dir: Path, tmp_path: Path) -> Path:
     """A copy of a103l to damage."""
@@ -768,8 +813,10 @@ def test_csv_trailing_separator(tmp_path: Path) -> None:
     write(path, "1,,2\n3,,4\n")
     recording, data = opened(path, 10.0)
     np.testing.assert_array_equal(data, [[1, 3], [2, 4]])
-    write(path, "ecg,ppg\n1,\n3,\n")  # a named one is a channel, with nothing in it
-    assert len(opened(path, 10.0)[1]) == 2
+    write(path, "ecg,ppg\n1,\n3,\n")  # nor is a named one a channel, with nothing in it
+    recording, data = opened(path, 10.0)
+    np.testing.assert_array_equal(data, [[1, 3]])
+    assert "column 'ppg' has no value and is left out" in recording.notes
 
 
 @pytest.mark.parametrize("text", ["time|ecg", "time ecg", "time (s)   ecg", "| time | ecg |"])
@@ -1071,6 +1118,90 @@ def test_npz_one_array_a_channel(tmp_path: Path) -> None:
     assert [c.samples for c in recording.channels] == [1000, 250]
     with open_recording(path, sampling_rate=50.0) as recording:
         assert [data.size for data in read(recording, 2.0)] == [1000, 250]
+        assert "ppg ends 15 s before the recording does" in recording.notes
+
+
+def _has_note(recording: Recording, words: str) -> bool:
+    return any(words in note for note in recording.notes)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npz_takes_every_array_of_signals(tmp_path: Path, save: Any, order: str) -> None:
+    path = tmp_path / "r.npz"
+    acc = np.asarray(np.random.default_rng(1).normal(size=(3, 70_000)), order=order)
+    save(path, ppg=acc[0], acc=acc, sampling_rate=64.0, units="g")
+    with open_recording(path) as recording:
+        assert [c.name for c in recording.channels] == ["ppg", "acc_1", "acc_2", "acc_3"]
+        assert {c.unit for c in recording.channels} == {"g"}
+        np.testing.assert_array_equal(read(recording, 7.0), [acc[0], *acc])
+        np.testing.assert_array_equal(read(recording, 7.0, [3, 0]), [acc[2], acc[0]])
+    # a rate and a unit of its own for each array, in the file's order
+    save(path, ppg=acc[0], acc=acc[:, :35_000], sampling_rate=[64.0, 32.0], units=["", "g"])
+    with open_recording(path) as recording:
+        assert [(c.sampling_rate, c.unit) for c in recording.channels] == [
+            (64.0, ""),
+            *[(32.0, "g")] * 3,
+        ]
+    save(path, ppg=acc[0], acc=acc, sampling_rate=[64.0, 32.0, 4.0])
+    refused(path, "sampling_rate has 3 entries for the arrays ppg, acc")
+    save(path, **{"watch/ppg": acc[0], "watch/sampling_rate": 64.0, "ecg": acc[1]})
+    recording = open_recording(path)
+    assert [c.name for c in recording.channels] == ["watch/ppg"]
+    assert _has_note(recording, "ecg has no sampling_rate and is left out")
+
+
+def test_npz_notes_what_it_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.npz"
+    x = np.random.default_rng(1).normal(size=(3, 640))
+    np.savez(path, data=x[:2], ppg=x[2], sampling_rate=64.0)
+    recording, data = opened(path)
+    np.testing.assert_array_equal(data, x[:2])
+    assert recording.notes == ("ppg stands beside data and is left out",)
+    extra = {"labels": np.arange(10), "fs": [64], "subject": 7, "cube": np.ones((2, 2, 9))}
+    np.savez(path, ppg=x[0], eda=x[1], sampling_rate=64.0, channels=["a", "b"], **extra)
+    recording, data = opened(path)
+    assert [c.name for c in recording.channels] == ["ppg", "eda"]
+    for words in (
+        "labels (10,)",
+        "fs (1,)",
+        "subject has shape ()",
+        "cube has",
+        "channels belongs",
+    ):
+        assert _has_note(recording, words), words
+    np.savez(path, ppg=x[0], acc=x.T, sampling_rate=64.0)
+    refused(path, "acc has shape (640, 3); (channels, samples) is right")
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("ppg.npy", file.read("ppg.npy"))
+    refused(path, "several arrays named ppg")
+
+
+def test_npz_clock_equals_the_same_table_s(tmp_path: Path) -> None:
+    """A gap of 92 s: the clock counts, not --rate."""
+    x = np.random.default_rng(1).normal(size=1000)
+    t = np.arange(1000) / 128
+    t[600:] += 92
+    pd.DataFrame({"time": t, "ecg": x}).to_csv(tmp_path / "r.csv", index=False)
+    recording, expected = opened(tmp_path / "r.csv")
+    stamps = np.datetime64("2024-01-01", "ns") + (t * 1e9).astype(np.int64)
+    for name, times in (("r.npz", t), ("dates.npz", stamps), ("spans.npz", stamps - stamps[0])):
+        np.savez_compressed(tmp_path / name, ecg=x, time=times)
+        own, data = opened(tmp_path / name)
+        assert own.channels[0].sampling_rate == pytest.approx(128.0)
+        assert own.duration == pytest.approx(recording.duration)
+        np.testing.assert_allclose(data, expected, atol=1e-4)
+        assert _has_note(own, "1 gaps longer")
+        refused(tmp_path / name, "--rate 64 contradicts the file's own 128 Hz", rate=64.0)
+        assert (own.start_time is None) == (name != "dates.npz")
+    np.savez(tmp_path / "r.npz", ecg=x, time=t, sampling_rate=64.0)
+    refused(tmp_path / "r.npz", "sampling_rate 64 of ecg contradicts the 128 Hz", "time")
+    stamps[50] = np.datetime64("NaT")
+    np.savez(tmp_path / "r.npz", ecg=x, time=stamps)
+    refused(tmp_path / "r.npz", "time has no time in row 50")
+    np.savez(tmp_path / "r.npz", data=np.stack([x, x]), time_ms=1000 * t, ppg=x)
+    recording, _ = opened(tmp_path / "r.npz")
+    assert [c.name for c in recording.channels] == ["channel_1", "channel_2"]
 
 
 def test_example_windows(cohort_dir: Path) -> None:
@@ -1114,12 +1245,12 @@ def test_arrays_refused(tmp_path: Path) -> None:
         refused(npz, f"shape {shape}")
     np.save(npy, np.ones(9, dtype=complex))
     refused(npy, "complex128", rate=64.0)
-    for rate in (0, -4, np.nan, [1, 2], "64"):
+    for rate in (0, -4, np.nan, [1, 2], "fast"):
         np.savez(npz, data=np.ones((3, 9)), sampling_rate=rate)
-        refused(npz, "sampling_rate is")
+        refused(npz, "sampling_rate of data is")
     np.savez(npz, data=np.ones((3, 9)), sampling_rate=64, channels=["a"])
-    refused(npz, "channels has 1 entries for 3 channels")
-    refused(npz.rename(tmp_path / "rr.npz"), "channels has 1")
+    refused(npz, "channels of data has 1 entries for 3 channels")
+    refused(npz.rename(tmp_path / "rr.npz"), "channels of data has 1")
     np.savez(npz, windows=np.ones((4, 3, 9)), sampling_rate=64)
     refused(npz, "has neither data", "windows")
     np.savez_compressed(npz, data=np.random.rand(2, 5000), sampling_rate=64)  # noqa: NPY002

@@ -272,6 +272,27 @@ def test_a_users_own_parquet(tmp_path):
     assert [task.kind for task in found.tasks] == ["reg", "class"]
 
 
+def test_nulls_in_lists_are_missing_samples(tmp_path):
+    """pandas writes NaN as null: what it writes reads as what was meant."""
+    pd = pytest.importorskip("pandas")
+    data = np.random.default_rng(0).standard_normal((4, 2, 30)).astype(np.float32)
+    data[1, 0, 3:5] = data[2, 1] = np.nan
+    rest = {"label": list("xyxy"), "sampling_rate": 65.0}
+    frame = pd.DataFrame({"ecg": list(data[:, 0]), "ppg": [x.tolist() for x in data[:, 1]], **rest})
+    frame.to_parquet(tmp_path / "pandas.parquet")
+    nested = [
+        [[None if np.isnan(v) else v for v in channel] for channel in window]
+        for window in data.tolist()
+    ]
+    rest["sampling_rate"] = [65.0] * 4
+    write_parquet(tmp_path / "nested.parquet", {"data": nested, **rest})
+    for name in ("pandas", "nested"):
+        found = load_samples(tmp_path / f"{name}.parquet")
+        np.testing.assert_array_equal(np.stack(found.windows), data)
+    whole = write_parquet(tmp_path / "whole.parquet", {"data": [[[1, None, 3]]] * 4, **rest})
+    np.testing.assert_array_equal(load_samples(whole).windows[0], [[1, np.nan, 3]])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -283,7 +304,8 @@ def test_a_users_own_parquet(tmp_path):
         ({"sampling_rate": [65, 0, 65, 65]}, "row 1: sampling_rate is 0"),
         ({"data": [[[1.0, 2.0]], [[1.0, 2.0]], None, [[1.0]]]}, "row 2: no data"),
         ({"data": [[[1.0, 2.0], [1.0]]] * 4}, "channels of"),
-        ({"data": [[[1.0, None]]] * 4}, "nulls in the data"),
+        ({"data": [[[1.0, 2.0], None]] * 4}, "row 0: a channel is null"),
+        ({"data": [[[None, None]]] * 4}, "numbers would be right"),
         ({"data": [1.0, 2.0, 3.0, 4.0]}, "no column `data` of lists"),
         ({"data": [["a"], ["b"], ["c"], ["d"]]}, "numbers would be right"),
     ],

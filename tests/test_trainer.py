@@ -242,6 +242,28 @@ def test_overwrite_starts_anew_and_leaves_other_files(whole, tmp_path):
     assert contents(folder) == before
 
 
+def test_pictures_of_an_earlier_run_are_gone(tmp_path):
+    """With --overwrite all that it drew, and nothing else; a run that goes on redraws the later ones."""
+    drawing = replace(CPU, picture_every=2, checkpoint_every=4)
+    pretrain(Waves(), TINY, SETTINGS, tmp_path, run=drawing)
+    pictures = tmp_path / "pictures"
+    drawn = {f"reconstruction-00000{step}.png" for step in (2, 4, 6)}
+    assert {path.name for path in contents(pictures)} == drawn
+    mine = {"reconstruction-000002 best.png": b"mine", "holiday.png": b"mine"}
+    for name, content in mine.items():
+        (pictures / name).write_bytes(content)
+    other = replace(SETTINGS, steps=4, seed=6)
+    rarely = replace(drawing, picture_every=4)
+    pretrain(Waves(), TINY, other, tmp_path, run=rarely, overwrite=True)
+    found = {path.name: content for path, content in contents(pictures).items()}
+    assert set(found) == {*mine, "reconstruction-000004.png"}
+    assert {name: found[name] for name in mine} == mine
+    # As a kill after step 6 leaves it, whose last checkpoint is of step 4.
+    (pictures / "reconstruction-000006.png").write_bytes(b"of steps that are not counted")
+    pretrain(Waves(), TINY, other, tmp_path, run=rarely)
+    assert {path.name: content for path, content in contents(pictures).items()} == found
+
+
 def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise OSError(30, "Read-only file system")

@@ -33,6 +33,7 @@ from normwear_fast.weights import (
     load_checkpoint,
     read_state_dict,
     save_pretrained,
+    saved_config,
     saved_scalogram,
 )
 
@@ -420,6 +421,20 @@ def test_saved_scalogram(
     assert "no such weights" in refusal(lambda: saved_scalogram(tmp_path / "other.pth"))
 
 
+def test_saved_config(tmp_path: Path, encoder: StateDict) -> None:
+    """The sizes that loading takes, refused where loading refuses, of all but the values."""
+    path = saved(tmp_path / "w.pth", encoder)
+    assert "not weights of these sizes (embed_dim 768" in refusal(lambda: saved_config(path))
+    config_beside(tmp_path, OURS)
+    assert saved_config(path) == (load_checkpoint(path).config, "from config.json")
+    assert saved_config(str(tmp_path))[0] == TINY
+    name = next(iter(encoder))
+    saved(path, {k: v for k, v in encoder.items() if k != name})
+    assert f"1 missing: {name}" in refusal(lambda: saved_config(path))
+    path.write_bytes(b"PK no")
+    assert "not a checkpoint of torch.save" in refusal(lambda: saved_config(path))
+
+
 # Damage
 
 
@@ -750,6 +765,12 @@ def test_cached_hub_id_offline(tmp_path: Path, hub_cache: Path, encoder: StateDi
     convert("owner/name", tmp_path / "out")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["metadata"]["source"] == f"owner/name@{COMMIT}"
+
+
+def test_the_sizes_of_a_hub_id_need_no_weights(hub_cache: Path) -> None:
+    assert "HF_HUB_OFFLINE is set" in refusal(lambda: saved_config("owner/name"))
+    cached(hub_cache, {"config.json": json.dumps(OURS).encode()})
+    assert saved_config("owner/name") == (TINY, "from config.json")
 
 
 def test_hub_id_offline_and_not_cached(hub_cache: Path) -> None:

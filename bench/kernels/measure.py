@@ -22,7 +22,9 @@ def twice(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return first, float(same)
 
 
-def excess(got: Tensor, exact: Tensor, absolute: float, relative: float) -> dict[str, float]:
+def excess(
+    got: Tensor, exact: Tensor, absolute: float | Tensor, relative: float
+) -> dict[str, float]:
     """Largest error of ``got`` over its bound ``absolute + relative * |exact|``, as error and bound 1."""
     error = (got.double() - exact.to(got.device)).abs()
     worst = (error / (absolute + relative * exact.to(got.device).abs())).max()

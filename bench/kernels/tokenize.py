@@ -51,6 +51,8 @@ def compiled() -> list[Compiled]:
                     "columns": "*i64",
                     "weight": "*fp32",
                     "templates": "*fp32",
+                    "ones": "*fp32",
+                    "constants": "*fp32",
                     "residual": residual,
                     "plane": "i32",
                     "num_rows": "i32",
@@ -82,6 +84,7 @@ def compiled() -> list[Compiled]:
                     "spans": "*i32",
                     "templates": "*fp32",
                     "padded": "*fp32",
+                    "constants": "*fp32",
                     "residual": residual,
                     "plane": "i32",
                     "residual_stride": "i32",
@@ -135,7 +138,7 @@ def _defined(
 def checks(
     device: torch.device | None = None, width: int = WIDTH, longest: int = 1400
 ) -> list[tuple[str, Check]]:
-    """Ragged lengths up to ``longest``, both scalograms, every dtype and precision."""
+    """Ragged lengths up to ``longest``, both scalograms, every dtype and precision; raw counts."""
     device = device or default_device()
     cases: list[tuple[torch.dtype, module.InputPrecision]] = [
         (torch.float32, "ieee"),
@@ -145,11 +148,12 @@ def checks(
     methods: tuple[ScalogramMethod, ...] = ("conv", "scipy")
     return [
         (
-            f"tokenize {method} {dtype} {precision}",
-            _check(method, dtype, precision, device, width, longest),
+            f"tokenize {method} {dtype} {precision}{' counts' if counts else ''}",
+            _check(method, dtype, precision, device, width, longest, counts),
         )
         for method in methods
         for dtype, precision in cases
+        for counts in (False, True)
     ]
 
 
@@ -160,7 +164,10 @@ def _check(
     device: torch.device,
     width: int,
     longest: int,
+    counts: bool,
 ) -> Check:
+    """``counts``: every other series stands on a constant some thousand times what varies on it."""
+
     def check() -> dict[str, float]:
         rng = np.random.default_rng()
         lengths = [11, 12, 64, 65, 390, 391, 390, 641, 642, 643, 1300]
@@ -168,6 +175,13 @@ def _check(
         lengths += [int(n) for n in rng.integers(11, longest, len(lengths))]
         batch = _batch([lengths[i] for i in rng.permutation(len(lengths))], method, width, device)
         total = batch[2].total
+        varying = _defined(*batch)
+        if counts:
+            each = torch.tensor(batch[1].lengths)
+            constant = torch.where(torch.arange(len(each)) % 2 == 0, 4096.0, 0.0)
+            # Steps of 2^-10, so that the sum is exact.
+            series = (batch[0] * 1024).round() / 1024
+            batch = (series + constant.repeat_interleave(each).to(device), *batch[1:])
 
         def run() -> Tensor:
             rows = torch.full((total, width), torch.nan, device=device, dtype=dtype)
@@ -177,7 +191,10 @@ def _check(
         got, stable = twice(run)
         exact = _defined(*batch)
         # float32 sums of up to 640 products and then 135; TF32 rounds its operands to 10 bits.
-        absolute = float(exact.abs().max()) * (2**-10 if precision == "tf32" else 3e-6)
+        # A patch of a constant is large at the ends of its series and next to nothing between.
+        rounding = 2**-10 if precision == "tf32" else 3e-6
+        absolute = rounding * (varying.abs().max() + exact.abs().amax(dim=1, keepdim=True))
+        absolute = absolute.to(device)
         relative = torch.finfo(dtype).eps
         return {**excess(got, exact, absolute, relative), "stable": stable}
 

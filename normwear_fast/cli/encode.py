@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.cli.main import seed
-from normwear_fast.encode.settings import CHOICES, EncodeSettings
+from normwear_fast.encode.settings import CHOICES, EncodeSettings, split_names
 from normwear_fast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from normwear_fast.config import NormWearConfig
     from normwear_fast.encode.pipeline import Progress, Summary
     from normwear_fast.encode.ray_engine import RayEngine
     from normwear_fast.encode.windows import WindowList
@@ -33,11 +34,19 @@ EXAMPLE = (
     "--channels ECG,PPG"
 )
 
+CHANNELS_HELP = (
+    "comma-separated, in order (default: all); a name with a comma goes in double quotes, as in "
+    """'"ECG, lead I",PPG'"""
+)
+
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 
 LISTED = 20
 """Recordings named in a list of the summary; manifest.json has them all."""
+
+NAMED = 3
+"""Channels named as those that lacked data most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--actors", type=int, metavar="N", help="Ray's encoders (one a GPU, or what the CPUs hold)"
     )
-    run.add_argument("--dry-run", action="store_true", help="print the plan; no weights")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, for the sizes of the weights where they are given; nothing is encoded",
+    )
     run.add_argument("--overwrite", action="store_true", help="discard an earlier run in DIR")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
 
@@ -123,7 +136,7 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 def add_channel_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Which channels, at what rate."""
     group = parser.add_argument_group("signal")
-    group.add_argument("--channels", metavar="NAMES", help="comma-separated; default: all")
+    group.add_argument("--channels", metavar="NAMES", type=channel_names, help=CHANNELS_HELP)
     group.add_argument(
         "--rate",
         type=float,
@@ -131,6 +144,14 @@ def add_channel_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
         help="of recordings without a clock; of several, one with a clock keeps its own",
     )
     return group
+
+
+def channel_names(text: str) -> tuple[str, ...]:
+    """The type of --channels."""
+    try:
+        return split_names(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_form_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -166,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         window=6.0 if args.window is None else args.window,
         hop=args.hop,
         windows=windows.digest if windows else None,
-        channels=parse_names(args.channels),
+        channels=args.channels,
         normalize=args.normalize,
         preprocess=args.preprocess,
         pool=args.pool,
@@ -184,8 +205,21 @@ def run(args: argparse.Namespace) -> int:
         device = _devices(args.device)[0]
         precision = resolve_precision(settings.precision, device)  # as the run would
         check_precision(precision, select_backend("auto", device), device)
-        return show_plan(args, settings, windows, args.output, device.type)
+        config, origin = _planned_size(args)
+        return show_plan(args, settings, windows, args.output, device.type, config, origin)
     return _encode(args, settings, windows)
+
+
+def _planned_size(args: argparse.Namespace) -> tuple[NormWearConfig, str]:
+    """The sizes of the model that the run would load, and where they come from."""
+    from normwear_fast.cli.plan import model_size
+
+    if args.weights is not None:
+        from normwear_fast.weights import saved_config
+
+        config, origin = saved_config(args.weights)
+        return config, f"{args.weights}, {origin}"
+    return model_size(args.model_size)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -216,10 +250,6 @@ def check_window_arguments(args: argparse.Namespace) -> None:
     """A UsageError where windows are both listed and tiled."""
     if args.windows and (args.window is not None or args.hop is not None):
         raise UsageError("--windows lists every window: leave out --window and --hop")
-
-
-def parse_names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 # --- the run ---------------------------------------------------------------------------------------
@@ -348,6 +378,7 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "windows": summary.windows,
         "ok": summary.tally.ok,
         "skipped": summary.tally.skipped,
+        "lacking": dict(summary.tally.lacking.most_common()),
         "flat": summary.tally.flat,
         "units": summary.units,
         "units_done": summary.units_done,
@@ -375,6 +406,12 @@ def _summary_lines(summary: Summary) -> list[str]:
         each = ", ".join(f"{n:,} for {why}" for why, n in sorted(tally.skipped.items()))
         text += f"; {sum(tally.skipped.values()):,} skipped ({each})"
     lines.append(text)
+    if tally.lacking:
+        first, *more = tally.lacking.most_common(NAMED)
+        text = f"lacked data most: {first[0]} in {first[1]:,} of the windows skipped for it"
+        text += "".join(f", {name} in {count:,}" for name, count in more)
+        left = len(tally.lacking) - NAMED
+        lines.append(text + (f", and {left:,} more (--json has all)" if left > 0 else ""))
     if tally.flat:
         lines.append(f"encoded windows with a channel that does not vary: {tally.flat:,}")
     if summary.failed:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normwear_fast.cli.encode import add_channel_arguments, parse_names
+from normwear_fast.cli.encode import add_channel_arguments
 from normwear_fast.cli.main import seed
 from normwear_fast.errors import UsageError, require
 
@@ -200,7 +200,7 @@ def _from_recordings(args: argparse.Namespace) -> LabelledWindows:
     preparation = Preparation(
         window=window,
         hop=args.hop,
-        channels=parse_names(args.channels),
+        channels=args.channels,
         preprocess=args.preprocess,
         normalize=args.normalize,
         max_missing=args.max_missing,

@@ -108,9 +108,10 @@ def describe(
         RecordingError: it cannot be read.
     """
     with open_recording(found.path, sampling_rate=rate, own_clock=own_clock) as recording:
-        counts = [_Missing() for _ in recording.channels]
-        for block in recording.blocks(range(len(counts))):
-            for count, data in zip(counts, block, strict=True):
+        places = range(len(recording.channels))
+        counts = {i: _Missing() for i in places if i not in recording.unreadable}
+        for block in recording.blocks(tuple(counts)):
+            for count, data in zip(counts.values(), block, strict=True):
                 count.add(data)
         return {
             "id": found.id,
@@ -119,14 +120,16 @@ def describe(
             "start_time": recording.start_time.isoformat() if recording.start_time else None,
             "duration_s": recording.duration,
             "channels": [
-                _channel(channel, count)
-                for channel, count in zip(recording.channels, counts, strict=True)
+                _channel(channel, counts.get(i)) for i, channel in enumerate(recording.channels)
             ],
             "notes": list(recording.notes),
         }
 
 
-def _channel(channel: Channel, count: _Missing) -> dict[str, Any]:
+def _channel(channel: Channel, count: _Missing | None) -> dict[str, Any]:
+    """What is said of a channel; None for what is not known of one that cannot be read."""
+    if count is None:
+        return {**asdict(channel), "missing": None, "gaps": None, "longest_gap_s": None}
     return {
         **asdict(channel),
         "missing": count.missing,
@@ -147,9 +150,7 @@ def _table(content: dict[str, Any]) -> str:
             channel["unit"] or "-",
             f"{channel['sampling_rate']:.8g}",
             str(channel["samples"]),
-            f"{channel['missing'] / max(1, channel['samples']):.2%}" if channel["missing"] else "0",
-            str(channel["gaps"]),
-            f"{channel['longest_gap_s']:.3g}",
+            *_missing_cells(channel),
         )
         for channel in content["channels"]
     ]
@@ -166,6 +167,14 @@ def _table(content: dict[str, Any]) -> str:
     lines += ["  holds no signal"] if not rows else []
     lines += [f"  note: {note}" for note in content["notes"]]
     return "\n".join(lines) + "\n"
+
+
+def _missing_cells(channel: dict[str, Any]) -> tuple[str, str, str]:
+    missing = channel["missing"]
+    if missing is None:
+        return ("cannot be read", "-", "-")
+    share = f"{missing / max(1, channel['samples']):.2%}" if missing else "0"
+    return (share, str(channel["gaps"]), f"{channel['longest_gap_s']:.3g}")
 
 
 def _clock(seconds: float) -> str:

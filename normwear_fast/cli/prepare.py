@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 
-from normwear_fast.cli.encode import add_channel_arguments, parse_names
+from normwear_fast.cli.encode import add_channel_arguments
 from normwear_fast.encode.settings import CHOICES, EncodeSettings
 from normwear_fast.errors import UsageError
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     settings = EncodeSettings(
         window=args.window,
         hop=args.hop,
-        channels=parse_names(args.channels),
+        channels=args.channels,
         preprocess=args.preprocess,
         max_missing=args.max_missing,
         rate=args.rate,

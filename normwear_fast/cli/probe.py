@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HELP = "linear probing of NormWear and baselines on labelled windows"
@@ -187,10 +189,11 @@ def _probe(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    sets = [load_samples(path, label=args.label or ["label"]) for path in args.datasets]
+    paths = _once(args.datasets, say)
+    sets = [load_samples(path, label=args.label or ["label"]) for path in paths]
     names = [samples.name for samples in sets]
     if len(set(names)) != len(names):
-        for samples, path in zip(sets, args.datasets, strict=True):
+        for samples, path in zip(sets, paths, strict=True):
             samples.name = path
     device = _device(args.device)
     embedders: list[Embedder] = []
@@ -241,6 +244,22 @@ def _probe(args: argparse.Namespace) -> int:
             f"{100 * entry['difference']:+.2f} points, permutation p {entry['p_value']:.4f}"
         )
     return 0
+
+
+def _once(paths: list[str], say: Callable[[str], None]) -> list[str]:
+    """The same without what is there already under another spelling: a set compared with itself would
+    pass for two."""
+    from normwear_fast.evaluate.samples import SAMPLE_FOLDER
+
+    kept: dict[str, str] = {}
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        key = str(real.parent if real.name == SAMPLE_FOLDER else real)
+        if key in kept:
+            also = "" if path == kept[key] else f", as {kept[key]} too"
+            say(f"note: {path} is given twice{also}; it is used once")
+        kept.setdefault(key, path)
+    return list(kept.values())
 
 
 def _device(name: str) -> str:

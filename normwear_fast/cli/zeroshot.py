@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normwear_fast.cli.encode import CHANNELS_HELP, channel_names
 from normwear_fast.cli.main import seed
 from normwear_fast.errors import OutputError, UsageError, one_line, require
 from normwear_fast.files import check_writable
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=float, default=6.0, metavar="S", help="seconds (6)")
     parser.add_argument("--hop", type=float, metavar="S", help="seconds; the window by default")
     parser.add_argument("--windows", metavar="FILE", help="CSV or Parquet list of windows instead")
-    parser.add_argument("--channels", metavar="A,B", help="channel names, in order; all by default")
+    parser.add_argument("--channels", metavar="NAMES", type=channel_names, help=CHANNELS_HELP)
     parser.add_argument(
         "--preprocess",
         choices=("reference", "none"),
@@ -117,11 +118,11 @@ def load_model(args: argparse.Namespace) -> FastNormWear:
 
 def run(args: argparse.Namespace) -> int:
     from normwear_fast.cli.main import print_error
+    from normwear_fast.encode.pipeline import find_inputs, survey_inputs
     from normwear_fast.encode.prepare import OK, Source
     from normwear_fast.encode.settings import EncodeSettings
-    from normwear_fast.encode.survey import survey, windows_of
+    from normwear_fast.encode.survey import windows_of
     from normwear_fast.encode.windows import read_window_list
-    from normwear_fast.recordings import find_recordings
     from normwear_fast.zeroshot import (
         RELEASED_TEXT_ENCODER,
         MSiTF,
@@ -150,21 +151,19 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.output, args.picture)):
         check_writable(Path(path).parent)
     listed = read_window_list(args.windows) if args.windows else None
-    found = find_recordings(args.inputs)
-    if not found:
-        raise UsageError(f"{', '.join(args.inputs)}: no recording found")
+    found = find_inputs(args.inputs, None)
     fusion = MSiTF.from_pretrained(args.fusion or args.weights)
     settings = EncodeSettings(
         window=args.window,
         hop=args.hop,
         windows=listed.digest if listed else None,
-        channels=tuple(args.channels.split(",")) if args.channels else None,
+        channels=args.channels,
         preprocess=args.preprocess or fusion.description.get("preprocess") or "reference",
         max_missing=args.max_missing,
         rate=args.rate,
         scalogram=args.scalogram,
     )
-    surveyed = survey(found, settings, listed)
+    surveyed = survey_inputs(found, settings, listed)
     model = load_model(args)
     text_source = args.text or fusion.description.get("text_encoder") or RELEASED_TEXT_ENCODER
     text = load_text_encoder(text_source, device=model.device, offline=args.offline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Tally:
         ok: windows with an embedding.
         skipped: windows without one, by status.
         flat: embedded windows that hold a channel without variation.
+        lacking: windows skipped for missing data in which a channel lacked too much, by its name.
         failed: recordings that could not be read, and why.
         statistics: (mean, standard deviation) of each channel of recordings normalized as a whole.
         seconds: spent, by stage.
@@ -37,6 +39,7 @@ class Tally:
     ok: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     flat: int = 0
+    lacking: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -49,6 +52,7 @@ class Tally:
         for status, count in other.skipped.items():
             self.skip(status, count)
         self.flat += other.flat
+        self.lacking += other.lacking
         self.failed |= other.failed
         self.statistics |= other.statistics
         for stage in STAGES:
@@ -59,6 +63,7 @@ class Tally:
             "ok": self.ok,
             "skipped": self.skipped,
             "flat": self.flat,
+            "lacking": self.lacking,
             "failed": self.failed,
             "statistics": _finite(self.statistics),
             "seconds": {stage: round(self.seconds[stage], 3) for stage in STAGES},
@@ -70,6 +75,7 @@ class Tally:
             ok=values["ok"],
             skipped=dict(values["skipped"]),
             flat=values["flat"],
+            lacking=Counter(values["lacking"]),
             failed=dict(values["failed"]),
             statistics=dict(values["statistics"]),
             seconds=dict.fromkeys(STAGES, 0.0) | values["seconds"],

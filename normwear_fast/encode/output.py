@@ -37,6 +37,7 @@ TALLY = {
     "ok": COUNT,
     "skipped": {str: COUNT},
     "flat": COUNT,
+    "lacking": {str: COUNT},
     "failed": {str: str},
     "statistics": {str: [[(float, None), (float, None)]]},
     "seconds": {str: float},
@@ -374,6 +375,7 @@ class OutputFolder:
             path = self.path / name
             with reading(path, OutputError, what):
                 metadata = json.loads(self._stored(path)[METADATA_KEY])
+                metadata["tally"].setdefault("lacking", {})  # in parts from before it was counted
             if not fits(metadata, self.part_form):
                 raise OutputError(f"{path}: {what}")
             if run is not None and metadata["run"] != run:
@@ -402,7 +404,8 @@ class OutputFolder:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        self._write(MANIFEST, text.encode())
+        # A byte of a folder's name that is no UTF-8 becomes JSON's own escape of it.
+        self._write(MANIFEST, text.encode(errors="backslashreplace"))
 
     def write_part(self, content: bytes) -> None:
         """Adds a part; when this returns it survives a power cut."""

@@ -10,7 +10,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -39,13 +40,13 @@ from normwear_fast.encode.patches import PatchStore, require_zarr
 from normwear_fast.encode.prepare import NOT_FINITE, OK, Job, JobUnit, PreparedUnit, Source
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
-from normwear_fast.encode.survey import Surveyed, file_state, survey, windows_of
+from normwear_fast.encode.survey import Look, Looked, Surveyed, file_state, survey, windows_of
 from normwear_fast.encode.units import Unit, group_jobs, plan_units
 from normwear_fast.encode.windows import Tiling, WindowList, planned_duration
 from normwear_fast.errors import NormWearError, OutputError, UsageError
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.recordings import find_recordings
-from normwear_fast.recordings.base import FoundRecording
+from normwear_fast.recordings.base import FoundRecording, unique_names
 
 if TYPE_CHECKING:
     from normwear_fast.config import NormWearConfig
@@ -193,14 +194,46 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+def _nameable(letter: str) -> bool:
+    """Whether an id may have it: all of a line of text, also macOS's narrow no-break spaces and the
+    joiners of emoji."""
+    return letter.isprintable() or unicodedata.category(letter) == "Zs" or letter in "\u200c\u200d"
+
+
+def printable(name: str) -> str:
+    """The name with \\n for a line's end, \\xff for a byte that is no UTF-8, and so on."""
+    return "".join(
+        letter
+        if _nameable(letter)
+        else f"\\x{ord(letter) - 0xDC00:02x}"  # how Python has such a byte in a name
+        if 0xDC80 <= ord(letter) <= 0xDCFF
+        else letter.encode("unicode_escape").decode()
+        for letter in name
+    )
+
+
+class MisnamedRecording(FoundRecording):
+    """One whose name cannot be an id, as it has what no line or column of text can: it goes by the
+    printable form of its name and is not opened."""
+
+    def surveyed(self) -> Surveyed:
+        """As failed."""
+        path = printable(str(self.path))
+        error = f"{path}: its name has characters no id can have; rename it"
+        try:
+            size, mtime_ns = file_state(self.path)
+        except OSError:
+            size, mtime_ns = 0, 0
+        return Surveyed(self.id, path, size, mtime_ns, error=error)
+
+
 def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
-    """The recordings of the inputs, without what lies in the output folder."""
+    """The recordings of the inputs, without what lies in the output folder.
+
+    Raises:
+        UsageError: there is none, or none whose name can be an id.
+    """
     found = find_recordings(inputs)
-    for item in found:
-        if not item.id.isprintable():
-            raise UsageError(
-                f"{str(item.path)!r}: its name has characters no id can have; rename it"
-            )
     if output is not None:
         below = os.path.abspath(output)
         found = [
@@ -210,7 +243,34 @@ def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list
         ]
         if not found:
             raise UsageError(f"{inputs[0]}: no recording outside the output folder {output}")
-    return found
+    bad = [item for item in found if not all(map(_nameable, item.id))]
+    if not bad:
+        return found
+    good = [item for item in found if all(map(_nameable, item.id))]
+    # A name in this form may be another file's own name: every id is one recording's.
+    ids = unique_names([item.id for item in good] + [printable(item.id) for item in bad])
+    misnamed = [
+        MisnamedRecording(name, item.path) for name, item in zip(ids[len(good) :], bad, strict=True)
+    ]
+    if not good:
+        raise UsageError(misnamed[0].surveyed().error)
+    return sorted([*good, *misnamed], key=lambda item: item.id)
+
+
+def survey_inputs(
+    found: Sequence[FoundRecording],
+    settings: EncodeSettings,
+    windows: WindowList | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+    look: Callable[[Iterable[Look], EncodeSettings], Iterable[Looked]] | None = None,
+) -> list[Surveyed]:
+    """`survey` of what `find_inputs` gave, with the misnamed among them as failed; a list of windows
+    can name none of those, and they are left out beside one."""
+    opened = [item for item in found if not isinstance(item, MisnamedRecording)]
+    surveyed = survey(opened, settings, windows, progress, look)
+    if windows is None:
+        surveyed += [item.surveyed() for item in found if isinstance(item, MisnamedRecording)]
+    return sorted(surveyed, key=lambda entry: entry.id)
 
 
 def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings:
@@ -396,7 +456,7 @@ def encode_recordings(
         before = folder.read_manifest()
         previous = None if overwrite else before
         if previous is None:
-            surveyed = survey(
+            surveyed = survey_inputs(
                 found,
                 settings,
                 windows,
@@ -441,9 +501,9 @@ def _resume_inputs(
             except OSError:
                 states[item.id] = (0, 0)  # as survey() has it
     check_same_inputs(manifest, states, str(where))
-    paths = {item.id: str(item.path) for item in found}
+    paths = {item.id: str(item.path) for item in found if not isinstance(item, MisnamedRecording)}
     entries = inputs_before(manifest, settings, windows, str(where))
-    return [replace(entry, path=paths[entry.id]) for entry in entries]
+    return [replace(entry, path=paths.get(entry.id, entry.path)) for entry in entries]
 
 
 def _nothing(output: Path, surveyed: Sequence[Surveyed]) -> Summary:
@@ -576,7 +636,9 @@ class _Run:
     def _add(self, unit: PreparedUnit, embeddings: Embeddings, seconds: float) -> None:
         """Buffers an encoded unit; writes a part when there is enough for one."""
         started = time.perf_counter()
-        tally = Tally(failed=unit.failed, statistics=unit.statistics, flat=unit.flat)
+        tally = Tally(
+            failed=unit.failed, statistics=unit.statistics, flat=unit.flat, lacking=unit.lacking
+        )
         results = iter(embeddings)
         values: list[NDArray[Any] | None] = []
         for row in unit.rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +105,7 @@ class PreparedUnit:
         statistics: mean and standard deviation of the channels of recordings, where they were asked
             for.
         flat: windows that hold a channel without variation.
+        lacking: windows skipped for missing data in which a channel lacked too much, by its name.
         read_seconds, prepare_seconds: spent on this unit.
     """
 
@@ -112,6 +115,7 @@ class PreparedUnit:
     failed: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     flat: int = 0
+    lacking: Counter[str] = field(default_factory=Counter)
     read_seconds: float = 0.0
     prepare_seconds: float = 0.0
 
@@ -146,6 +150,7 @@ def _merge(into: PreparedUnit, other: PreparedUnit) -> None:
     into.failed |= other.failed
     into.statistics |= other.statistics
     into.flat += other.flat
+    into.lacking += other.lacking
     into.read_seconds += other.read_seconds
     into.prepare_seconds += other.prepare_seconds
 
@@ -178,6 +183,7 @@ def _prepare_stretch(
                 prepared.rows.clear()
                 prepared.data.clear()
                 prepared.flat = 0
+                prepared.lacking.clear()
                 prepared.failed[source.id] = failure
             yield prepared
 
@@ -265,9 +271,15 @@ class _Opened:
         row.missing_fraction = max(fractions)
         if lacking or row.missing_fraction > self.settings.max_missing:
             row.status = MISSING
-            return
-        if row.missing_fraction == 1:
+        elif row.missing_fraction == 1:
             row.status = NO_DATA
+        if row.status != OK:
+            allowed = min(self.settings.max_missing, math.nextafter(1, 0))  # all of it is too much
+            unit.lacking.update(
+                name
+                for name, fraction in zip(self.source.channels, fractions, strict=True)
+                if fraction > allowed
+            )
             return
         try:
             prepared = prepare_window(

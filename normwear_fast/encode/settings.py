@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +83,7 @@ class EncodeSettings:
             object.__setattr__(self, "channels", tuple(self.channels))
             if not self.channels or len(set(self.channels)) != len(self.channels):
                 raise UsageError(
-                    f"channels are {', '.join(self.channels) or 'empty'}; name each wanted one once"
+                    f"channels are {join_names(self.channels) or 'empty'}; name each wanted one once"
                 )
         if not 0 <= self.max_missing <= 1:
             raise UsageError(f"max_missing is {self.max_missing}; it must be between 0 and 1")
@@ -108,6 +110,26 @@ class EncodeSettings:
         if self.channels is not None:
             values["channels"] = list(self.channels)
         return values
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a list with commas between them; one with a comma in double quotes, as CSV has it."""
+    try:
+        row = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise UsageError(
+            f"{text} is no list of channels ({error}); names between commas are right, one with a comma "
+            """in double quotes, as '"ECG, lead I",PPG'"""
+        ) from None
+    return tuple(name.strip() for name in row if name.strip())
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Names as `split_names` takes them, to be copied from a line that lists them."""
+    return ", ".join(
+        '"' + name.replace('"', '""') + '"' if "," in name or '"' in name else name
+        for name in names
+    )
 
 
 def window_samples(duration: float) -> int:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from normwear_fast.encode.settings import EncodeSettings
+from normwear_fast.encode.settings import EncodeSettings, join_names
 from normwear_fast.encode.windows import Tiling, Window, WindowList, select_channels
 from normwear_fast.errors import NormWearError, RecordingError, UsageError, one_line
 from normwear_fast.recordings import open_recording
-from normwear_fast.recordings.base import FoundRecording
+from normwear_fast.recordings.base import FoundRecording, companions_of
+from normwear_fast.recordings.wfdb import files_of
 
 COMPANIONS = {".hea": (".dat", ".mat"), ".vhdr": (".eeg", ".vmrk"), ".set": (".fdt",)}
-"""Header formats and the extensions of the files that hold their samples."""
+"""Header formats and the usual extensions of the files that hold their samples, which a header that
+cannot be read does not name."""
 
 
 LONGEST = 1e12
@@ -101,17 +103,16 @@ def file_state(path: Path) -> tuple[int, int]:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    extensions = COMPANIONS.get(path.suffix.lower())
-    if extensions is None:
-        return [path]
-    names = {path.stem}
-    if (
-        path.suffix.lower() == ".hea" and path.is_file()
-    ):  # a WFDB header's lines begin with its files or segments
-        lines = path.read_bytes()[: 2**20].decode("latin-1").splitlines()
-        names |= {line.split()[0] for line in lines if line.strip() and line[0] != "#"}
-    candidates = {path.parent / (name + end) for name in names for end in ("", ".hea", *extensions)}
-    return sorted({path} | {file for file in candidates if file.is_file()})
+    extension = path.suffix.lower()
+    files = {path}
+    if extension == ".hea":
+        files |= set(files_of(path))
+    elif path.is_file():  # opening a pipe waits for ever
+        files |= companions_of(path)
+    headers = [file for file in files if file.suffix.lower() == extension]
+    ends = COMPANIONS.get(extension, ())
+    files |= {header.with_name(header.stem + end) for header in headers for end in ends}
+    return sorted({path} | {file for file in files if file.is_file()})
 
 
 def windows_of(
@@ -239,7 +240,7 @@ def survey(
     unknown = sorted(set(settings.channels or ()) - names)
     if unknown and names:
         raise UsageError(
-            f"no recording has a channel {', '.join(unknown)}; there are {', '.join(sorted(names))}"
+            f"no recording has a channel {join_names(unknown)}; there are {join_names(sorted(names))}"
         )
     return [entries[place] for place in sorted(entries)]
 

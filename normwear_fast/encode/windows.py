@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast._native import gather_windows
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
-from normwear_fast.encode.settings import check_duration
+from normwear_fast.encode.settings import check_duration, join_names
 from normwear_fast.errors import RecordingError, UsageError, reading
 from normwear_fast.recordings.base import Channel, Recording, first_sample
 
@@ -209,7 +209,15 @@ def _csv_rows(
         reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
         check(reader.fieldnames or ())
         for row in reader:
-            yield f"{path}, line {reader.line_num}", row
+            where = f"{path}, line {reader.line_num}"
+            more = cast("list[str]", row.pop(None, []))  # DictReader's place for them
+            if any(cell.strip() for cell in more):
+                names = reader.fieldnames or ()
+                raise UsageError(
+                    f"{where}: has {len(names) + len(more)} cells for the {len(names)} columns "
+                    f"{', '.join(names)}; as many are right"
+                )
+            yield where, row
 
 
 def _parquet_rows(
@@ -278,7 +286,7 @@ def select_channels(channels: Sequence[Channel], names: Sequence[str] | None) ->
     missing = sorted(set(names) - {channel.name for channel in channels})
     if missing:
         raise RecordingError(
-            f"has no channel {', '.join(missing)}; it has {', '.join(c.name for c in channels)}"
+            f"has no channel {join_names(missing)}; it has {join_names(c.name for c in channels)}"
         )
     return selected
 

@@ -311,10 +311,8 @@ def fit_probe(
         raise InputError(
             f"{task.name}: {len(train)} samples train and {len(test)} test; both halves need some"
         )
-    if task.kind == "class" and len(np.unique(y[train])) < 2:
-        raise InputError(
-            f"{task.name}: class {y[train[0]]} alone in training; two or more are right"
-        )
+    if task.kind == "class":
+        _check_classes(y, train, test, task)
     target: NDArray[Any] = y if task.kind == "class" else metrics.log_targets(y, task.name)
     notes: list[str] = []
     with _training_rows(x, train) as (rows, samples, place):
@@ -359,6 +357,25 @@ def fit_probe(
         prediction=prediction,
         classes=classes,
     )
+
+
+def _check_classes(
+    y: NDArray[Any], train: NDArray[np.intp], test: NDArray[np.intp], task: Task
+) -> None:
+    """An InputError by the classes' own names unless both halves can be scored."""
+    for half, index in (("training", train), ("the test half", test)):
+        present = np.unique(y[index])
+        if len(present) < 2:
+            raise InputError(
+                f"{task.name}: class {task.classes[present[0]]!r} alone in {half}; two or more are right"
+            )
+    unseen = np.setdiff1d(y[test], y[train])
+    if len(unseen):
+        names = ", ".join(repr(task.classes[k]) for k in unseen)
+        raise InputError(
+            f"{task.name}: class {names} is in the test half and not in training; a split with every "
+            "class in training would be right"
+        )
 
 
 def score_interval(

@@ -8,8 +8,8 @@ Forms that `load_samples` reads:
   preparation writes;
 * a folder with `labels.csv`: columns `file` (NPY (C, L), or any recording the package opens, below
   the folder) and `label`, optional `subject`, `split` (train or test) and `sampling_rate`;
-* one Parquet: `data`, a list of samples a channel (or one list column a channel), and a label
-  column, optional `subject`, `split`, `sampling_rate`;
+* one Parquet: `data`, a list of samples a channel (or one list column a channel), NaN or null where
+  missing, and a label column, optional `subject`, `split`, `sampling_rate`;
 * one NPZ: `x_train`, `y_train`, `x_test`, `y_test` (N, C, L) and `sampling_rate`.
 
 Text, booleans and integers are classes; floating-point labels are regression targets.
@@ -516,12 +516,13 @@ def _parquet_windows(
             raise InputError(f"{place}: no data")
         if len(names) == 1 and is_list(values[0].type):
             values = [inner.values for inner in values[0]]
-        if any(value is None or value.null_count for value in values):
-            raise InputError(f"{place}: nulls in the data; NaN or a filled value is right")
+        if any(value is None for value in values):
+            raise InputError(f"{place}: a channel is null; a list of its samples is right")
         lengths = {len(value) for value in values}
         if len(lengths) != 1:
             raise InputError(f"{place}: channels of {sorted(lengths)} samples; one length is right")
         with reading(place, InputError, "data is no list of numbers a channel"):
+            # A null is a missing sample: pandas writes NaN so, and NumPy gets NaN of it again.
             data = np.stack([np.asarray(value) for value in values])
         windows.append(_window(data, place))
     return windows

@@ -15,11 +15,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
-from normwear_fast.encode.pipeline import default_tokens, find_inputs, plan_jobs, plan_run
+from normwear_fast.encode.pipeline import (
+    default_tokens,
+    find_inputs,
+    plan_jobs,
+    plan_run,
+    survey_inputs,
+)
 from normwear_fast.encode.prepare import MISSING, NO_DATA, OK, TOO_LARGE
 from normwear_fast.encode.readers import Readers
-from normwear_fast.encode.settings import EncodeSettings, check_duration, window_samples
-from normwear_fast.encode.survey import Surveyed, survey
+from normwear_fast.encode.settings import EncodeSettings, check_duration, join_names, window_samples
+from normwear_fast.encode.survey import Surveyed
 from normwear_fast.encode.windows import (
     ListedWindows,
     Tiling,
@@ -94,7 +100,7 @@ class Preparation:
 
     def describe_channels(self) -> str:
         """For errors: `2 channels (ECG, PPG)`."""
-        names = f" ({', '.join(self.channels)})" if self.channels else ""
+        names = f" ({join_names(self.channels)})" if self.channels else ""
         return f"{self.channel_count} channel{'s' * (self.channel_count != 1)}{names}"
 
 
@@ -634,7 +640,7 @@ def read_labelled(
     found = _named(find_inputs(inputs, output), table)
     rows_of_recording = {name: row for row, name in enumerate(table.recordings)}
     with contextlib.closing(Readers(workers)) as readers:
-        surveyed = survey(found, settings, windows, look=readers.look)
+        surveyed = survey_inputs(found, settings, windows, look=readers.look)
         channels = _same_channels(surveyed)
         settings = default_tokens(settings, "cpu")
         plan = plan_run(surveyed, settings, windows)
@@ -695,8 +701,8 @@ def _same_channels(surveyed: Sequence[Surveyed]) -> tuple[str, ...] | None:
             first = entry
         elif entry.channels != first.channels:
             raise InputError(
-                f"recordings differ in their channels: {first.id} has {', '.join(first.channels)}; "
-                f"{entry.id} has {', '.join(entry.channels)}. Name the ones to take with --channels"
+                f"recordings differ in their channels: {first.id} has {join_names(first.channels)}; "
+                f"{entry.id} has {join_names(entry.channels)}. Name the ones to take with --channels"
             )
     return first.channels if first else None
 

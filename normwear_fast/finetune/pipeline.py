@@ -23,11 +23,12 @@ from normwear_fast.encode.pipeline import (
     plan_jobs,
     plan_run,
     pool_channels,
+    survey_inputs,
 )
 from normwear_fast.encode.prepare import NOT_FINITE, OK, PreparedUnit
 from normwear_fast.encode.readers import Readers
-from normwear_fast.encode.settings import EncodeSettings
-from normwear_fast.encode.survey import Surveyed, survey
+from normwear_fast.encode.settings import EncodeSettings, join_names
+from normwear_fast.encode.survey import Surveyed
 from normwear_fast.encode.windows import WindowList
 from normwear_fast.errors import OutputError, UsageError, one_line
 from normwear_fast.files import check_writable
@@ -105,7 +106,7 @@ def predict_recordings(
         found = find_inputs(inputs, None)
         surveyed = [
             _fitting(entry, predictor)
-            for entry in survey(found, settings, windows, look=readers.look)
+            for entry in survey_inputs(found, settings, windows, look=readers.look)
         ]
         failed = {entry.id: entry.error for entry in surveyed if entry.error is not None}
         total = sum(entry.windows for entry in surveyed)
@@ -176,7 +177,7 @@ def _fitting(entry: Surveyed, predictor: Predictor) -> Surveyed:
     return replace(
         entry,
         windows=0,
-        error=f"{entry.path}: has {len(entry.channels)} channels ({', '.join(entry.channels)}); this "
+        error=f"{entry.path}: has {len(entry.channels)} channels ({join_names(entry.channels)}); this "
         f"model was trained on {predictor.preparation.describe_channels()}",
     )
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -229,6 +229,9 @@ class FineTuner:
         self.interrupted = False
         settings, model = self.settings, self.model.to(self.device)
         base = dict(model.weights)
+        # Data that cannot be split are refused before the hours that encoding them may take; which
+        # windows have a value, and with them the split itself, are known after it.
+        split_windows(replace(data, notes=[]), settings.validation, settings.seed)
         self.progress(f"encoding {len(data):,} windows once")
         embeddings = self._embed(data.windows)
         data, embeddings = _finite(data, embeddings)

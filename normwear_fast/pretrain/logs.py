@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,10 @@ STEPS_FILE = "steps.csv"
 PROBES_FILE = "probes.csv"
 TENSORBOARD = "tensorboard"
 PICTURES = "pictures"
+RECONSTRUCTION = "reconstruction"
+"""Name of a picture in `PICTURES`, before its step."""
 
+_PICTURE = re.compile(rf"{RECONSTRUCTION}-(\d{{6,}})\.png")
 
 STEP_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "skipped", "windows_per_second")
 """Of `STEPS_FILE`."""
@@ -29,11 +33,12 @@ _NOT_OURS = "is damaged; move it away, and the same command goes on without what
 
 
 class Log:
-    """Writes curves; after a kill, rows beyond the checkpoint are dropped before it goes on.
+    """Writes curves; rows and pictures beyond the checkpoint, of a run that was killed or is started
+    anew, are dropped before it goes on.
 
     Args:
         folder: of the run.
-        step: steps done so far; rows of later ones are removed.
+        step: steps done so far; rows and pictures of later ones are removed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -47,10 +52,11 @@ class Log:
         self.last_losses(1)  # a damaged curve is refused before anything is written
         for name in (STEPS_FILE, PROBES_FILE):
             _keep_rows(folder / name, step)
+        _keep_pictures(folder / PICTURES, step)
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         try:
             self._board = SummaryWriter(
-                str(folder / TENSORBOARD), purge_step=step + 1 if step else None, flush_secs=30
+                str(folder / TENSORBOARD), purge_step=step + 1, flush_secs=30
             )
         except OSError as error:
             threading.excepthook = self._hook
@@ -79,13 +85,13 @@ class Log:
                 if isinstance(value, float):
                     self._board.add_scalar(f"{path.stem}/{key}", value, int(row["step"]))
 
-    def picture(self, name: str, figure: Figure, step: int) -> Path:
-        """Saves a figure as a PNG, and shows it in TensorBoard."""
+    def picture(self, figure: Figure, step: int) -> Path:
+        """Saves a reconstruction as a PNG, and shows it in TensorBoard."""
         from normwear_fast import plots
 
-        path = plots.save(figure, self.folder / PICTURES / f"{name}-{step:06d}.png")
+        path = plots.save(figure, self.folder / PICTURES / f"{RECONSTRUCTION}-{step:06d}.png")
         with self._drawing():
-            self._board.add_figure(name, figure, step)
+            self._board.add_figure(RECONSTRUCTION, figure, step)
         return path
 
     def last_losses(self, count: int) -> list[float]:
@@ -125,6 +131,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         if any(None in row or None in row.values() for row in rows):
             raise ValueError("a row of another length than the header")
     return rows
+
+
+def _keep_pictures(folder: Path, step: int) -> None:
+    """Removes the pictures of steps after ``step``; what a run does not name so is not its own."""
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            name = _PICTURE.fullmatch(path.name)
+            if name is not None and int(name[1]) > step:
+                path.unlink()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({one_line(error)})") from None
 
 
 def _keep_rows(path: Path, step: int) -> None:

@@ -42,11 +42,12 @@ from normwear_fast.encode.pipeline import (
     Silent,
     find_inputs,
     plan_jobs,
+    survey_inputs,
 )
 from normwear_fast.encode.prepare import NOT_FINITE, OK, PreparedUnit, Row
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
-from normwear_fast.encode.survey import Surveyed, file_state, survey
+from normwear_fast.encode.survey import Surveyed, file_state
 from normwear_fast.encode.units import plan_units
 from normwear_fast.errors import OutputError, UsageError
 from normwear_fast.files import COUNT
@@ -161,7 +162,7 @@ def prepare_series(
         before = folder.read_manifest()
         previous = None if overwrite else before
         if previous is None:
-            surveyed = survey(
+            surveyed = survey_inputs(
                 found,
                 settings,
                 None,

@@ -620,7 +620,7 @@ class _Task:
             removed = mask_of(kept_patches(noise, scheme, config).cpu(), config.grid_tokens - 1)
             hidden = removed.view(*found.shape[:2], config.grid_rows, config.grid_columns).mean(3)
             figure = reconstruction_figure(series, found, hidden.numpy())
-            log.picture("reconstruction", figure, step)
+            log.picture(figure, step)
 
     def _probe(
         self, module: Any, optimizer: Any, log: Log | None, step: int, device: torch.device

@@ -1,21 +1,26 @@
-"""What HDF5 and Zarr share: a tree of stored arrays, and which of them are channels on which clock.
+"""What HDF5, Zarr and NPZ share: a tree of stored arrays, and which of them are channels on which clock.
 
-The layout, for both:
+The layout, for all three:
 
 * an array `data` (C, L) holds a group's channels, named by an attribute `channels`;
 * in a group without one, every array (L,) of real numbers is a channel of its own name, and every
-  array (C, L) is C channels;
+  array (C, L) is C channels, unless it is far shorter than its neighbours and has no rate of its own;
 * `sampling_rate` (Hz) is an attribute of the array, of its group, or of a group above; or the group
   has a time array (L,), named as a CSV's time column would be. It may be uneven.
-* `units` may be an attribute of the array: one text, or one a channel.
+* `units` may be an attribute of the array: one text, or one a channel; of a time array "ms", or what
+  xarray writes, "milliseconds since 2024-01-01".
+* `scale_factor`, `add_offset` and `_FillValue` may be attributes of the array, as xarray packs numbers.
 
-`sampling_rate`, `channels` and `units` may also be small arrays beside the data.
+`sampling_rate`, `channels` and `units` may also be small arrays beside the data. What is neither
+channel, clock nor setting is left out with a note.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import (
     Array,
     Channel,
+    OtherRateError,
     Recording,
     check_rate,
     rechunk,
@@ -36,9 +42,14 @@ from normwear_fast.recordings.parts import PartedRecording
 from normwear_fast.recordings.table import TableRecording
 
 _PIECE = 65536  # samples read at a time, or a chunk of the file where that is longer
+_VALUES = 1 << 20  # of all rows together
 _FIRST = 4096  # values of which a clock is told from a channel
-_SMALL = 65536  # bytes an array beside the data (rates, names) may have
+_SMALL = 1 << 20  # bytes an array beside the data (rates, names) may have
 _SETTINGS = ("sampling_rate", "channels", "units")
+_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
+_SHORT = 10
+"""Times shorter than its neighbours, an array at their rate is no signal: labels, a list of rates."""
+_EARLY = 0.01  # of the recording; a channel that ends earlier is told of
 CHUNK_BYTES = 512 << 20
 """The largest chunk that is read: one is in memory whole, however short the block."""
 
@@ -73,6 +84,32 @@ class StoredArray:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
+    @property
+    def kind(self) -> str:
+        return str(self.array.dtype.kind)
+
+    def whole(self) -> Any:
+        """All of a small array."""
+        return self.array[()]
+
+    def first(self, count: int) -> NDArray[Any]:
+        """The first values of an array (L,)."""
+        return np.asarray(self.array[:count])
+
+    def pieces(self, rows: list[int], step: int) -> Iterator[list[NDArray[Any]]]:
+        """Some rows of an array (C, L), or the only one of (L,), `step` samples at a time, as stored.
+
+        All in one read, so that a chunk of several channels is read once.
+        """
+        low, high = min(rows), max(rows) + 1
+        for start in range(0, self.shape[-1], step):
+            part = slice(start, min(start + step, self.shape[-1]))
+            if len(self.shape) == 1:
+                yield [np.asarray(self.array[part])] * len(rows)
+            else:
+                data = np.asarray(self.array[low:high, part])
+                yield [data[row - low] for row in rows]
+
 
 @dataclass
 class Tree:
@@ -83,27 +120,48 @@ class Tree:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Time:
+    """What a time array is read as.
+
+    Args:
+        column: its name and unit, as a CSV's time column.
+        since: the moment that it counts from, seconds since 1970; None where the file has none.
+    """
+
+    column: TimeColumn
+    since: float | None = None
+
+
 class ArrayRecording(PartedRecording):
     """A file of named arrays. A subclass reads the tree and calls `_arrange`."""
 
     def _arrange(self, tree: Tree, given: float | None) -> None:
         self.notes += tuple(tree.notes)
-        signals = self._signals(tree)
+        numbers = self._numbers(tree)
+        times = {one.path: time for one in numbers if (time := self._time(one)) is not None}
+        signals = self._signals([one for one in numbers if one.path not in times], tree)
+        found = {one.path: self._clock(one, numbers, times) for one in signals}
+        signals = self._long(signals, {name for name, clock in found.items() if clock is not None})
+        used = {clock.path for clock in found.values() if clock is not None}
+        self.notes += tuple(
+            f"time array {name} is not the clock of any array and left out"
+            for name in times
+            if name not in used
+        )
+        self._note_settings(tree, signals)
         if not signals:
             return
         parts: list[Recording] = []
         origins: list[float | None] = []  # seconds, of the parts that have times
         unrated: list[str] = []
-        clocks: dict[str, StoredArray] = {}
-        timed: dict[str, list[StoredArray]] = {}
+        timed: dict[str, tuple[StoredArray, list[StoredArray]]] = {}
         for one in signals:
             rate = self._rate(one, tree)
-            clock = self._clock(one, tree)
+            clock = found[one.path]
             one.check()
             if clock is not None:
-                clock.check()
-                clocks[clock.path] = clock
-                timed.setdefault(clock.path, []).append(one)
+                timed.setdefault(clock.path, (clock, []))[1].append(one)
             elif rate is None and given is None:
                 unrated.append(one.path)
             else:
@@ -112,55 +170,91 @@ class ArrayRecording(PartedRecording):
                 names, units = self._titles(one, tree)
                 parts.append(_Even(self.path, one, names, units, rate or given or 1.0))
                 origins.append(None)
-        for place, members in timed.items():
-            rate = self._rate(members[0], tree)
-            part = _Timed(
-                self.path, clocks[place], members, [self._titles(m, tree) for m in members]
-            )
-            part._survey(given if rate is None else rate)
-            check_rate(self.path, given, (c.sampling_rate for c in part.channels))
+        for clock, members in timed.values():
+            part = self._timed(clock, times[clock.path], members, tree, given)
             parts.append(part)
             origins.append(part.origin)
             self.start_time = part.start_time if len(timed) == 1 else self.start_time
         if not parts:
             raise RecordingError(
-                f"{self.path}: {unrated[0]} has neither an attribute sampling_rate (Hz) nor a time "
-                f"array beside it; pass --rate HZ"
+                f"{self.path}: {unrated[0]} has neither a sampling_rate (Hz) nor a time array of its "
+                f"length beside it; pass --rate HZ"
             )
         self.notes += tuple(f"{name} has no sampling_rate and is left out" for name in unrated)
         self._combine(parts, self._starts(origins))
+        self._note_ends()
 
-    def _signals(self, tree: Tree) -> list[StoredArray]:
-        """The arrays that are channels; small arrays of settings go to their group's attributes."""
-        numeric: list[StoredArray] = []
+    def _numbers(self, tree: Tree) -> list[StoredArray]:
+        """The arrays of signals and times; small ones of settings go to their group's attributes."""
+        numbers: list[StoredArray] = []
         for one in tree.arrays:
-            if one.name in _SETTINGS and len(one.shape) < 2:
-                if int(np.prod(one.shape)) * one.array.dtype.itemsize > _SMALL:
+            size = int(np.prod(one.shape))
+            if one.name in _SETTINGS and (len(one.shape) < 2 or size == 1):
+                if size * one.array.dtype.itemsize > _SMALL:
                     raise RecordingError(f"{self.path}: {one.path} {one.shape}: too long a list")
                 with refusing(self.path, f"{one.path} cannot be read"):
-                    tree.groups.setdefault(one.group, {}).setdefault(one.name, one.array[()])
-            elif one.array.dtype.kind not in "iufb":
+                    tree.groups.setdefault(one.group, {}).setdefault(one.name, one.whole())
+            elif one.kind not in "iufb" and not _has_dates(one):
                 self.notes += (f"{one.path} holds {one.array.dtype} and is left out",)
             elif len(one.shape) not in (1, 2):
                 self.notes += (f"{one.path} has shape {one.shape} and is left out",)
             elif 0 in one.shape:
                 self.notes += (f"{one.path} is empty and left out",)
             else:
-                numeric.append(one)
-        whole = {one.group for one in numeric if one.name == "data"}
+                numbers.append(one)
+        return numbers
+
+    def _signals(self, numbers: list[StoredArray], tree: Tree) -> list[StoredArray]:
+        """Of the arrays that are no times, those that are channels."""
+        whole = {one.group for one in numbers if one.name == "data"}
         signals: list[StoredArray] = []
-        for one in numeric:
-            if len(one.shape) == 1 and self._time_column(one) is not None:
-                continue
+        for one in numbers:
             if one.group in whole and one.name != "data":
                 self.notes += (f"{one.path} stands beside data and is left out",)
+            else:
+                signals.append(one)
+        return signals
+
+    def _long(self, signals: list[StoredArray], clocked: set[str]) -> list[StoredArray]:
+        """Without the arrays that would be at the rate of far longer ones in their group."""
+        shared = [one for one in signals if "sampling_rate" not in one.attributes]
+        kept: list[StoredArray] = []
+        for one in signals:
+            beside = (other for other in shared if other.group == one.group)
+            other = max(beside, key=lambda each: max(each.shape), default=one)
+            bare = "sampling_rate" not in one.attributes and one.path not in clocked
+            if bare and _SHORT * max(one.shape) <= max(other.shape):
+                self.notes += (
+                    f"{one.path} {one.shape} is far shorter than {other.path} {other.shape}, has no "
+                    f"sampling_rate of its own, and is left out",
+                )
                 continue
             if len(one.shape) == 2 and one.shape[0] > one.shape[1]:
                 raise RecordingError(
                     f"{self.path}: {one.path} has shape {one.shape}; (channels, samples) is right"
                 )
-            signals.append(one)
-        return signals
+            kept.append(one)
+        return kept
+
+    def _note_settings(self, tree: Tree, signals: list[StoredArray]) -> None:
+        """Names and units that stand in a group are for an array `data` in it or below."""
+        for group, settings in tree.groups.items():
+            below = group + "/" if group else ""
+            if any(one.name == "data" and one.path.startswith(below) for one in signals):
+                continue
+            names = [one.name for one in signals if one.group == group]
+            for key in ("channels", "units"):
+                texts = self._texts(settings.get(key))
+                if texts is None or (key == "channels" and sorted(texts) == sorted(names)):
+                    continue
+                place = f"{below}{key}"
+                self.notes += (f"{place} belongs to an array data, which is not there: left out",)
+
+    def _note_ends(self) -> None:
+        for channel in self.channels:
+            early = self.duration - channel.start - channel.samples / channel.sampling_rate
+            if early > _EARLY * self.duration:
+                self.notes += (f"{channel.name} ends {early:.4g} s before the recording does",)
 
     def _setting(self, one: StoredArray, tree: Tree, name: str) -> Any:
         """An attribute of the array, or of the nearest group above that has it; or None."""
@@ -178,44 +272,94 @@ class ArrayRecording(PartedRecording):
         if value is None:
             return None
         try:
-            rate = float(np.asarray(value, dtype=np.float64).reshape(-1)[0])
-            single = np.size(value) == 1
-        except (TypeError, ValueError, IndexError):
-            rate, single = 0.0, False
-        if not (single and np.isfinite(rate) and rate > 0):
+            # several that are the same are one
+            rates = np.unique(np.asarray(value, dtype=np.float64))
+            rate = float(rates[0]) if rates.size == 1 else 0.0
+        except (TypeError, ValueError):
+            rate = 0.0
+        if not (np.isfinite(rate) and rate > 0):
             raise RecordingError(
                 f"{self.path}: sampling_rate of {one.path} is {str(value)[:60]!r}; "
                 f"a number of Hz above 0 is right"
             )
         return rate
 
-    def _time_column(self, one: StoredArray) -> TimeColumn | None:
-        """A time array by its name; by its first values too, if the name may mean a channel."""
+    def _time(self, one: StoredArray) -> _Time | None:
+        """A time array by its name, and its type or its unit; by its first values too, if the name
+        may mean a channel."""
+        if len(one.shape) != 1 or one.kind not in "iufMm":
+            return None
+        text = "".join(self._texts(one.attributes.get("units")) or [])
+        unit, since = _time_unit(text)
         column = time_column(one.name)
-        if (
-            column is None
-            or column.sure
-            or len(one.shape) != 1
-            or one.array.dtype.kind not in "iuf"
-        ):
-            return column
-        one.check()
-        with refusing(self.path, f"{one.path} is damaged"):
-            values = np.asarray(one.array[:_FIRST], dtype=np.float64)
-        return None if choose_clock([column], [values], None)[0] is None else column
+        if column is None or column.seconds is None:
+            # "t [ms]" is a time's name where "t" alone need not be
+            column = time_column(f"{one.name} [ms]") if unit else column
+            column = column and replace(column, title=one.name, seconds=unit)
+        elif unit is not None and unit != column.seconds:
+            raise RecordingError(
+                f"{self.path}: {one.path} has units {text[:60]!r}, which contradict its name"
+            )
+        if column is None:
+            return None
+        if one.kind in "Mm":
+            return _Time(replace(column, seconds=_date_unit(one)), 0.0 if one.kind == "M" else None)
+        if since is None and _SINCE.fullmatch(text):
+            self.notes += (f"{one.path} counts {text[:60]!r}: no date that is known here",)
+        if not column.sure:
+            one.check()
+            if choose_clock([column], [self._first(one)], None)[0] is None:
+                return None
+        return _Time(column, since)
 
-    def _clock(self, one: StoredArray, tree: Tree) -> StoredArray | None:
-        """The time array of the same group and length; of several, the one with the best name."""
+    def _first(self, one: StoredArray) -> Array:
+        with refusing(self.path, f"{one.path} is damaged"):
+            return np.asarray(one.first(_FIRST), dtype=np.float64)
+
+    def _clock(
+        self, one: StoredArray, numbers: list[StoredArray], times: Mapping[str, _Time]
+    ) -> StoredArray | None:
+        """The time array of the same group and length; of several, the one that a table would have."""
         found = [
-            (column.sure, column.seconds is not None, other)
-            for other in tree.arrays
-            if other.group == one.group
-            and other.shape == one.shape[-1:]
-            and other is not one
-            and other.array.dtype.kind in "iuf"
-            and (column := self._time_column(other)) is not None
+            other
+            for other in numbers
+            if other.path in times and other.group == one.group and other.shape == one.shape[-1:]
         ]
-        return max(found, key=lambda each: each[:2])[2] if found else None
+        if len(found) < 2:
+            return found[0] if found else None
+        for other in found:
+            other.check()
+        columns = [times[other.path].column for other in found]
+        firsts = [None if other.kind == "M" else self._first(other) for other in found]
+        return found[choose_clock(columns, firsts, None)[0] or 0]
+
+    def _timed(
+        self,
+        clock: StoredArray,
+        time: _Time,
+        members: list[StoredArray],
+        tree: Tree,
+        given: float | None,
+    ) -> _Timed:
+        """Arrays on their clock, which must agree with a sampling_rate that the file gives them too."""
+        clock.check()
+        rates = {one.path: rate for one in members if (rate := self._rate(one, tree)) is not None}
+        titles = [self._titles(one, tree) for one in members]
+        part = _Timed(self.path, clock, time, members, titles)
+        try:
+            part._survey(next(iter(rates.values()), given))
+        except OtherRateError:
+            if not rates:
+                raise
+        own = part._clock.sampling_rate
+        for name, rate in rates.items():
+            if abs(own / rate - 1) > 0.01:
+                raise RecordingError(
+                    f"{self.path}: sampling_rate {rate:g} of {name} contradicts the {own:g} Hz of its "
+                    f"times in {clock.path}; one of the two is right"
+                )
+        check_rate(self.path, given, [own])
+        return part
 
     def _titles(self, one: StoredArray, tree: Tree) -> tuple[list[str], list[str]]:
         """Names and units of an array's channels."""
@@ -268,32 +412,119 @@ class ArrayRecording(PartedRecording):
         return [0.0 if origin is None else origin - first for origin in origins]
 
 
-def _pieces(one: StoredArray) -> Iterator[slice]:
-    """Stretches of the last axis that hold whole chunks, so that no chunk is read twice."""
-    step = max(1, _PIECE // one.chunk) * one.chunk
-    length = one.shape[-1]
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+_SINCE = re.compile(r"\s*(\w+)\s+since\s+(\S.*?)\s*", re.IGNORECASE)
+_LONG_UNITS = {
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hour": 3600.0,
+    "d": 86400.0,
+    "day": 86400.0,
+}
+_DATE_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "h": 3600.0, "D": 86400.0}
 
 
-def _finite(data: NDArray[Any]) -> Array:
+def _time_unit(text: str) -> tuple[float | None, float | None]:
+    """A time array's `units`, such as "ms" or, as xarray writes it, "milliseconds since 2024-01-01".
+
+    https://cfconventions.org/cf-conventions/cf-conventions.html#time-coordinate
+
+    Returns:
+        Seconds, and the moment counted from in seconds since 1970; None for each that it lacks.
+    """
+    since = _SINCE.fullmatch(text)
+    word = (since[1] if since else text).strip().casefold()
+    column = time_column(f"time [{word}]")
+    seconds = None if column is None else column.seconds
+    if seconds is None:
+        seconds = _LONG_UNITS.get(word.removesuffix("s") if len(word) > 2 else word)
+    if since is None or seconds is None:
+        return seconds, None
+    # "2000-1-1 0:0:0" is allowed there and not in ISO 8601
+    date = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", since[2].removesuffix("UTC").rstrip())
+    try:
+        moment = datetime.fromisoformat(date)
+    except ValueError:
+        return seconds, None
+    return seconds, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _date_unit(one: StoredArray) -> float | None:
+    """Seconds that datetime64 or timedelta64 counts in."""
+    unit, count = np.datetime_data(one.array.dtype)
+    return _DATE_UNITS[unit] * count if unit in _DATE_UNITS else None
+
+
+def _has_dates(one: StoredArray) -> bool:
+    """Whether an array is a time array by its type and its name."""
+    return (
+        one.kind in "Mm"
+        and len(one.shape) == 1
+        and time_column(one.name) is not None
+        and _date_unit(one) is not None
+    )
+
+
+def _step(one: StoredArray) -> int:
+    """Samples to read at a time: whole chunks, so that none is read twice."""
+    rows = 1 if len(one.shape) == 1 else one.shape[0]
+    return max(1, min(_PIECE, _VALUES // rows) // one.chunk) * one.chunk
+
+
+def finite(data: NDArray[Any]) -> Array:
+    """A copy as float64, infinities NaN."""
     values: Array = np.array(data, dtype=np.float64)
     values[~np.isfinite(values)] = np.nan
     return values
 
 
-def _rows(path: Path, one: StoredArray, part: slice, rows: list[int]) -> list[Array]:
-    """Some rows of an array (C, L) in one read, so that a chunk of several channels is read once."""
-    with refusing(path, f"{one.path} is damaged at sample {part.start}"):
-        if len(one.shape) == 1:
-            data = np.asarray(one.array[part])
-            result = [_finite(data) for _ in rows]
-        else:
-            low, high = min(rows), max(rows) + 1
-            data = np.asarray(one.array[low:high, part])
-            result = [_finite(data[row - low]) for row in rows]
-    if any(values.size != part.stop - part.start for values in result):
-        raise RecordingError(f"{path}: {one.path} ends before sample {part.stop}")
-    return result
+def _rows(path: Path, one: StoredArray, rows: list[int], step: int) -> Iterator[list[NDArray[Any]]]:
+    """`StoredArray.pieces`, checked; any error on the way is the file's."""
+    pieces = one.pieces(rows, step)
+    for start in range(0, one.shape[-1], step):
+        stop = min(start + step, one.shape[-1])
+        with refusing(path, f"{one.path} is damaged at sample {start}"):
+            piece = next(pieces, None)
+        if piece is None or any(values.size != stop - start for values in piece):
+            raise RecordingError(f"{path}: {one.path} ends before sample {stop}")
+        yield piece
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How stored numbers stand for physical ones: stored * scale + offset, NaN where one is a fill value.
+
+    https://cfconventions.org/cf-conventions/cf-conventions.html#packed-data
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+    fills: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, path: Path, one: StoredArray) -> _Packing:
+        """By the array's attributes; a RecordingError where they are no numbers."""
+        found: dict[str, float] = {}
+        for name in (name for name in _PACKING if name in one.attributes):
+            value = one.attributes[name]
+            try:
+                found[name] = float(np.asarray(value).reshape(()))
+            except (TypeError, ValueError):
+                # xarray writes a float's fill value as base64 in Zarr: it is NaN in the data too
+                if name in _PACKING[:2]:
+                    raise RecordingError(
+                        f"{path}: {name} of {one.path} is {str(value)[:60]!r}; a number is right"
+                    ) from None
+        fills = tuple(found[name] for name in _PACKING[2:] if name in found)
+        return cls(found.get("scale_factor", 1.0), found.get("add_offset", 0.0), fills)
+
+    def physical(self, data: NDArray[Any]) -> Array:
+        values = finite(data)
+        for fill in self.fills:
+            values[data == fill] = np.nan
+        if (self.scale, self.offset) != (1.0, 0.0):
+            values = values * self.scale + self.offset
+        return values
 
 
 class _Even(Recording):
@@ -304,6 +535,7 @@ class _Even(Recording):
     ) -> None:
         self.path = path
         self._one = one
+        self._packing = _Packing.of(path, one)
         self.channels = tuple(
             Channel(name, unit, rate, one.shape[-1])
             for name, unit in zip(names, units, strict=True)
@@ -311,8 +543,8 @@ class _Even(Recording):
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         size = max(1, round(seconds * self.channels[0].sampling_rate))
-        pieces = (_rows(self.path, self._one, part, channels) for part in _pieces(self._one))
-        return rechunk(pieces, size)
+        pieces = _rows(self.path, self._one, channels, _step(self._one))
+        return rechunk(([self._packing.physical(data) for data in piece] for piece in pieces), size)
 
 
 class _Timed(TableRecording):
@@ -322,6 +554,7 @@ class _Timed(TableRecording):
         self,
         path: Path,
         clock: StoredArray,
+        time: _Time,
         members: list[StoredArray],
         titles: list[tuple[list[str], list[str]]],
     ) -> None:
@@ -330,25 +563,24 @@ class _Timed(TableRecording):
         self._clock_array = clock
         self._titles = []
         self._sources: list[tuple[StoredArray, int]] = []
+        self._packing = {one.path: _Packing.of(path, one) for one in members}
         for one, (names, units) in zip(members, titles, strict=True):
             self._titles += list(zip(names, units, strict=True))
             self._sources += [(one, row) for row in range(len(names))]
-        unit = clock.attributes.get("units")
-        text = unit.decode("latin-1") if isinstance(unit, bytes) else str(unit or "")
-        self._time: TimeColumn | None = time_column(clock.name)
-        assert self._time is not None
-        if self._time.seconds is None and text:
-            self._time = time_column(f"{clock.name} [{text}]") or self._time
+        self._time: TimeColumn | None = time.column
+        self._since = time.since
         self._opened = False
 
     @property
     def origin(self) -> float:
-        """Seconds that the clock shows at the first row."""
-        return float(self._origin) * float(self._unit or 1.0)
+        """Seconds that the clock shows at the first row; since 1970, where it is known since when."""
+        return (self._since or 0.0) + float(self._origin) * float(self._unit or 1.0)
 
     def _survey(self, given: float | None) -> None:
         with refusing(self.path):
             super()._survey(given)
+        if self._since is not None and wall_clock(self.origin):
+            self.start_time = datetime.fromtimestamp(self.origin, UTC)
         self._opened = True
 
     def _rows(
@@ -358,21 +590,39 @@ class _Timed(TableRecording):
         wanted: dict[str, list[int]] = {}
         for place, channel in enumerate(channels if self._opened else []):
             wanted.setdefault(self._sources[channel][0].path, []).append(place)
-        longest = max(
-            [self._clock_array, *(one for one, _ in self._sources)], key=lambda one: one.chunk
-        )
-        for part in _pieces(longest):
+        step = max(_step(one) for one in (self._clock_array, *(one for one, _ in self._sources)))
+        streams = [
+            _rows(
+                self.path,
+                self._sources[channels[places[0]]][0],
+                [self._sources[channels[place]][1] for place in places],
+                step,
+            )
+            for places in wanted.values()
+        ]
+        length = self._clock_array.shape[0]
+        clock = _rows(self.path, self._clock_array, [0], step) if time else None
+        for start in range(0, length, step):
             columns: list[Array] = [np.empty(0)] * len(channels)
-            for places in wanted.values():
-                one = self._sources[channels[places[0]]][0]
-                rows = [self._sources[channels[place]][1] for place in places]
-                for place, data in zip(places, _rows(self.path, one, part, rows), strict=True):
-                    columns[place] = data
-            with refusing(self.path, f"{self._clock_array.path} is damaged"):
-                times = np.asarray(self._clock_array.array[part]) if time else np.empty(0)
-            if times.dtype.kind == "f":
-                times = times.astype(np.float64)
-            yield times if time else np.zeros(part.stop - part.start), columns
+            for (name, places), stream in zip(wanted.items(), streams, strict=True):
+                for place, data in zip(places, next(stream), strict=True):
+                    columns[place] = self._packing[name].physical(data)
+            if clock is None:
+                yield np.zeros(min(step, length - start)), columns
+            else:
+                yield self._as_numbers(next(clock)[0], start), columns
+
+    def _as_numbers(self, times: NDArray[Any], start: int) -> NDArray[Any]:
+        if times.dtype.kind == "f":  # a float32 as it is: its spacing says to what it was stored
+            return times if times.dtype.itemsize >= 4 else times.astype(np.float64)
+        if times.dtype.kind in "Mm":
+            if np.isnat(times).any():
+                row = start + int(np.argmax(np.isnat(times)))
+                raise RecordingError(
+                    f"{self.path}: {self._clock_array.path} has no time in row {row}"
+                )
+            return times.astype(np.int64)
+        return times
 
 
 def check_storage(path: Path, name: str, declared: tuple[int, ...], item: int, chunk: int) -> None:
@@ -386,4 +636,4 @@ def check_storage(path: Path, name: str, declared: tuple[int, ...], item: int, c
 
 def as_plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes that the layout knows."""
-    return {name: attributes[name] for name in _SETTINGS if name in attributes}
+    return {name: attributes[name] for name in (*_SETTINGS, *_PACKING) if name in attributes}

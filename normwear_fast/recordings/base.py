@@ -73,6 +73,7 @@ class Recording(ABC):
         format: name of the format.
         channels: its signals; () for a valid file that holds none.
         notes: what a user should know about how the file was read, one line each.
+        unreadable: channels, by index, whose blocks are an error that a note tells.
         start_time: wall-clock time of second 0, where the file tells.
     """
 
@@ -80,6 +81,7 @@ class Recording(ABC):
     format: str
     channels: tuple[Channel, ...] = ()
     notes: tuple[str, ...] = ()
+    unreadable: tuple[int, ...] = ()
     start_time: datetime | None = None
 
     @property
@@ -244,7 +246,7 @@ def open_recording(
             raise RecordingError(f"{path}: is empty (0 bytes)")
         try:
             recording = reader(path, sampling_rate=sampling_rate)
-        except _OtherRateError:
+        except OtherRateError:
             if not own_clock:
                 raise
             recording = reader(path, sampling_rate=None)
@@ -283,7 +285,7 @@ def refusing(path: Path, what: str = "is damaged") -> Iterator[None]:
         raise RecordingError(f"{path}: {what}: {one_line(error)}") from error
 
 
-class _OtherRateError(RecordingError):
+class OtherRateError(RecordingError):
     """A recording whose own clock contradicts the --rate."""
 
 
@@ -293,7 +295,7 @@ def check_rate(path: Path, given: float | None, rates: Iterable[float]) -> None:
     if given is None or not rates or any(abs(given / rate - 1) <= 0.01 for rate in rates):
         return
     own = ", ".join(f"{rate:g}" for rate in rates)
-    raise _OtherRateError(
+    raise OtherRateError(
         f"{path}: --rate {given:g} contradicts the file's own {own} Hz; leave --rate out"
     )
 
@@ -427,6 +429,17 @@ _OUR_METADATA = re.compile(rb"\x18[\x0d\x16]normwear_fast(_zeroshot)?\x18[\x80-\
 """In a Parquet footer: the key under which we say of a table what made it, before JSON."""
 
 
+def companions_of(path: Path) -> set[Path]:
+    """The files that are part of a file's recording, as its format has it."""
+    parts = _COMPANIONS.get(path.suffix.lower())
+    if parts is None or not path.is_file():  # opening a pipe waits for ever
+        return set()
+    try:
+        return set(parts(path))
+    except (OSError, ValueError):  # what a damaged header is, its reader says
+        return set()
+
+
 def _is_output(folder: Path) -> bool:
     for name, beginning in _OUTPUTS.items():
         path = folder / name
@@ -475,10 +488,5 @@ def _recordings_below(folder: Path) -> list[Path]:
             for path in (Path(top, name) for name in known)
             if path.suffix.lower() in _READERS and not _is_table_of_ours(path)
         ]
-    parts = {
-        part
-        for path in paths
-        if path.suffix.lower() in _COMPANIONS and path.exists() and not path.is_fifo()
-        for part in _COMPANIONS[path.suffix.lower()](path)
-    }
+    parts = {part for path in paths for part in companions_of(path)}
     return [path for path in paths if path not in parts]

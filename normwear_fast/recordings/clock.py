@@ -47,20 +47,29 @@ _NAMES = {
     "timestamps",
     "ts",
     "datetime",
-    "date_time",
     "elapsed",
-    "elapsed_time",
     "clock",
     "epoch",
     "unix",
-    "unix_time",
-    "unix_timestamp",
     "utc",
-    "utc_time",
-    "local_time",
     "localtime",
-    "system_time",
-    "recording_time",
+}
+# A name of several words is a time's if one of these is among them ...
+_TIMES = {"time", "times", "timestamp", "timestamps", "ts", "datetime", "clock", "epoch", "elapsed"}
+# ... and the others say whose or which time it is: "phone_timestamp", "unix_ts", "sensor_time".
+_WHOSE = {
+    *("sensor", "phone", "device", "watch", "host", "server", "system", "machine", "gps", "lsl"),
+    *("recording", "sample", "local", "utc", "gmt", "unix", "posix", "epoch", "iso", "wall"),
+    *("relative", "rel", "absolute", "abs", "elapsed"),
+}
+# These make a "ts" or an "epoch" a time.
+_SINCE_1970 = {"unix", "posix", "utc", "gmt", "local", "iso", "time", "timestamp", "elapsed"}
+# Words by which a name may speak of time. Then the values decide (columns.py).
+TIME_WORDS = {
+    *_TIMES,
+    *("stamp", "unix", "utc", "date", "received", "tick", "ticks"),
+    *("seconds", "sec", "secs", "millis", "milliseconds", "msec", "micros", "microseconds"),
+    *("nanos", "nanoseconds", "ms", "ns"),
 }
 # Unit words that are a time column's name on their own; "s" and "us" alone could be anything.
 _UNIT_NAMES = {unit for unit in _UNITS if len(unit) > 2} | {"ms"}
@@ -83,26 +92,61 @@ class TimeColumn:
     sure: bool = True
 
 
+def name_words(title: str) -> list[str]:
+    """A title's words in lower case: "dataReceived", "data received" and "Data-Received" are two."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", title.strip()).casefold()
+    apart = re.sub(r"[\s.\-_]+", "_", apart).strip("_")
+    return re.sub(r"time_(stamps?)(?=_|$)|date_(time)(?=_|$)", _joined, apart).split("_")
+
+
+def _joined(match: re.Match[str]) -> str:
+    return match[0].replace("_", "")
+
+
 def time_column(title: str) -> TimeColumn | None:
-    """ "time", "Timestamp (ms)", "elapsed_s", "t [us]", "seconds", ...: a time column, or None."""
-    match = re.fullmatch(r"\s*([^\[(]*?)\s*(?:[\[(]\s*([^\])]*?)\s*[\])])?\s*", title.casefold())
+    """ "time", "Timestamp (ms)", "seconds_elapsed", "t [us]", "unix_ts_ms", ...; or None."""
+    match = re.fullmatch(r"\s*([^\[(]*?)\s*(?:[\[(]\s*([^\])]*?)\s*[\])])?\s*", title)
     if match is None:
         return None
-    name, bracket = re.sub(r"[\s.\-]+", "_", match[1]), match[2]
-    if name in _UNIT_NAMES and bracket is None:
-        return TimeColumn(title, _UNITS[name])
-    stem, _, last = name.rpartition("_")
+    words = ["epoch" if word == "epoc" else word for word in _own_words(name_words(match[1]))]
+    # "time (UTC)" says nothing about the unit
+    bracket = None if match[2] is None else match[2].casefold()
+    unit = _UNITS.get(bracket or "")
+    if len(words) == 1 and words[0] in _UNIT_NAMES and bracket is None:
+        return TimeColumn(title, _UNITS[words[0]])
+    by_name = ""
+    if len(words) > 1 and words[-1] in _UNITS:
+        *words, by_name = words
+    elif len(words) > 1 and words[0] in _UNIT_NAMES:
+        by_name, *words = words
+    unit = _UNITS.get(by_name) if unit is None else unit
     # upper case is a temperature, whatever stands below it: T, T_s
-    temperature = title.lstrip().startswith("T") and "t" in (name, stem)
-    if name in _NAMES:
-        # "time (UTC)" says nothing about the unit
-        unit = _UNITS.get(bracket) if bracket else None
-        if temperature and unit is None:
-            return None
-        return TimeColumn(title, unit, unit is not None or name not in _AMBIGUOUS)
-    if stem in _NAMES and last in _UNITS and not (temperature and last == "s"):
-        return TimeColumn(title, _UNITS[last])
-    return None
+    if words == ["t"] and title.lstrip().startswith("T") and (unit is None or by_name == "s"):
+        return None
+    if len(words) == 1 and words[0] in _NAMES:
+        return TimeColumn(title, unit, unit is not None or words[0] not in _AMBIGUOUS)
+    said = set(words)
+    if not said & _TIMES or not said <= _TIMES | _WHOSE:
+        return None
+    sure = unit is not None or bool(said & (_TIMES - _AMBIGUOUS)) or bool(said & _SINCE_1970)
+    return TimeColumn(title, unit, sure)
+
+
+def _own_words(words: list[str]) -> list[str]:
+    """Without what "seconds since start" counts from and what Shimmer puts around each name:
+    "Shimmer_D5B8_Timestamp_Unix_CAL"."""
+    if words[0] == "shimmer" and len(words) > 2:
+        words = words[2:-1] if words[-1] in ("cal", "raw", "uncal") else words[2:]
+    if "since" in words[1:] and words[-1] in (
+        "start",
+        "boot",
+        "reboot",
+        "epoch",
+        "1970",
+        "midnight",
+    ):
+        words = words[: words.index("since")]
+    return words
 
 
 def choose_clock(
@@ -139,7 +183,7 @@ def choose_clock(
                 low, median, high = np.percentile(moved, [5, 50, 95])
                 regular = median / 4 <= low and high <= 4 * median
                 first = float(values[0])
-                wall = any(wall_clock(first * unit) for unit in (1.0, 1e-3, 1e-6, 1e-9))
+                wall = wall_unit(first) is not None
                 known = wall or column.seconds is not None
                 even = given is None or high - low <= 0.1 * median
                 steady = wall or (regular and even and steps.size < SHARED * moved.size)
@@ -159,6 +203,11 @@ SHARED = 1.9
 def wall_clock(seconds: float) -> bool:
     """Seconds since 1970 that fall between 2000-01-01 and 2100-01-01."""
     return 946_684_800 <= seconds <= 4_102_444_800
+
+
+def wall_unit(value: float) -> float | None:
+    """The unit (s) in which a number is a time between 2000 and 2100, counted from 1970."""
+    return next((u for u in (1.0, 1e-3, 1e-6, 1e-9) if wall_clock(value * u)), None)
 
 
 def infer_unit(
@@ -183,9 +232,9 @@ def infer_unit(
     """
     if column.seconds is not None:
         return column.seconds
-    for unit in (1.0, 1e-3, 1e-6, 1e-9):
-        if wall_clock(float(times[0]) * unit):
-            return unit
+    wall = wall_unit(float(times[0]))
+    if wall is not None:
+        return wall
     steps = np.diff(times)
     moved = np.abs(steps[steps != 0])
     interval = float(np.median(moved))
@@ -193,6 +242,17 @@ def infer_unit(
     coarse = shared >= SHARED
     title = repr(column.title)
     if interval == 1 and not coarse:
+        # A count of rows does not repeat: 1024 Hz in whole ms do, and those of 900 Hz skip.
+        mean = float(np.abs(steps).mean())
+        for unit in (1.0, 1e-3, 1e-6, 1e-9) if mean != 1 and rate is not None else ():
+            if abs(1 / (mean * unit) / (rate or 1.0) - 1) <= 0.01:
+                return unit
+        if rate is not None and shared > 1:
+            raise RecordingError(
+                f"{path}: times in column {title} step by 1 and repeat: no count of rows, and "
+                f"{1 / mean:.4g} Hz in s, {1e3 / mean:.4g} Hz in ms; pass that --rate, or name the "
+                f"column time_s or time_ms"
+            )
         if rate is None:
             raise RecordingError(
                 f"{path}: times in column {title} step by 1: seconds, ms or a row counter? "
@@ -247,6 +307,65 @@ def _slow(period: float, moved: NDArray[np.float64]) -> bool:
     near = (0.01 if period < 4 else 0.002) * period
     halves = 2 if period < 4 else 1
     return abs(halves * period - round(halves * period)) <= halves * near
+
+
+class Resolution:
+    """To what the numbers of a time column are written, over a stream of them.
+
+    Seconds since 1970 with three decimals are multiples of 1 ms, but as float64 each is off by up
+    to 1.2e-7 s, and a float32 after three hours knows no times between 1/1024 s. What two such
+    numbers differ by says nothing finer.
+    """
+
+    _MOST = 9  # decimals
+
+    def __init__(self) -> None:
+        self.spacing = 0.0
+        """The largest distance between neighbouring floats, in the column's unit."""
+        self._decimals: int | None = 0
+
+    @property
+    def written(self) -> float:
+        """The decimal place that all numbers so far are whole multiples of; 0 where none is."""
+        return 0.0 if self._decimals is None else 10.0**-self._decimals
+
+    def add(self, times: NDArray[np.number]) -> None:
+        if times.dtype.kind != "f" or not times.size:
+            return
+        largest = times.dtype.type(np.abs(times).max())
+        self.spacing = max(self.spacing, float(np.spacing(largest)))
+        numbers = times.astype(np.float64)
+        # a decimal place is one only where floats are much closer than that
+        while self._decimals is not None and not self._whole(numbers):
+            finer = self._decimals + 1
+            near = 10.0**-finer < 8 * self.spacing
+            self._decimals = None if near or finer > self._MOST else finer
+
+    def _whole(self, numbers: NDArray[np.float64]) -> bool:
+        assert self._decimals is not None
+        scaled = numbers * 10.0**self._decimals
+        off = np.abs(scaled - np.rint(scaled)).max()
+        return bool(off <= min(0.25, 2 * self.spacing * 10.0**self._decimals))
+
+
+class Midnight:
+    """Times of day, without a date, as times that go on: after 23:59:59 comes 24:00:00.
+
+    One that falls by more than half a day is the next day's.
+    """
+
+    def __init__(self, day: int) -> None:
+        self._day = day  # in the column's unit
+        self._days = 0
+        self._last: int | None = None
+
+    def __call__(self, times: Nanoseconds) -> Nanoseconds:
+        if not times.size:
+            return times
+        steps = np.diff(times, prepend=times[0] if self._last is None else self._last)
+        days = self._days + np.cumsum(steps < -(self._day // 2))
+        self._last, self._days = int(times[-1]), int(days[-1])
+        return times + days * self._day
 
 
 class Intervals:

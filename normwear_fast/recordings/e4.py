@@ -112,10 +112,18 @@ class E4Recording(PartedRecording):
             else:
                 member = members.get(posixpath.join(prefix, name))
                 there = member is not None
-            if there:
-                parts.append(_Sensor(path, name, member))
-            else:
+            if not there:
                 self.notes += (f"{name} is not there",)
+                continue
+            sensor = _Sensor(path, name, member)
+            if sensor.channels:
+                parts.append(sensor)
+            else:
+                self.notes += (f"{name} holds no samples and is left out",)
+        if not parts:
+            raise RecordingError(
+                f"{path}: none of its sensors' files holds samples: {', '.join(self.notes)}"
+            )
         if (path / "IBI.csv").is_file() or posixpath.join(prefix, "IBI.csv") in (members or {}):
             self.notes += ("IBI.csv holds intervals between beats, no signal, and is left out",)
         first = min(parts, key=lambda part: part.start)
@@ -135,8 +143,22 @@ class E4Recording(PartedRecording):
         check_rate(path, sampling_rate, (channel.sampling_rate for channel in self.channels))
 
 
+def _is_bare(file: IO[bytes]) -> bool:
+    """Whether a sensor's file ends within its two header rows, of which some may be missing: what is
+    left where a sensor was off, or where the session ended before it gave anything."""
+    rows = [file.readline(_HEAD) for _ in range(2)]
+    if file.read(_HEAD).strip():
+        return False
+    try:
+        cells = [cell for row in rows for cell in row.decode("ascii").split(",")]
+        return all(np.isfinite(float(cell)) for cell in cells if cell.strip())
+    except ValueError:
+        return False
+
+
 class _Sensor(Recording):
-    """One sensor's file. Opening reads it once: its rows are counted and every cell is checked."""
+    """One sensor's file. Opening reads it once: its rows are counted and every cell is checked. One
+    without samples has no channels."""
 
     def __init__(self, path: Path, name: str, member: zipfile.ZipInfo | None) -> None:
         self.path, self.name, self._member = path, name, member
@@ -144,6 +166,9 @@ class _Sensor(Recording):
         with self._open() as file:
             head = read_head(file, len(channels))
         if head is None:
+            with self._open() as file:
+                if _is_bare(file):
+                    return
             raise RecordingError(
                 f"{path}: {name} begins with no time (seconds since 1970, UTC) and rate (Hz) in "
                 f"{len(channels)} columns"
@@ -152,7 +177,7 @@ class _Sensor(Recording):
         self._names = channels
         samples = sum(piece[0].size for piece in self._pieces())
         if not samples:
-            raise RecordingError(f"{path}: {name} holds no samples")
+            return
         self.channels = tuple(Channel(channel, unit, rate, samples) for channel in channels)
 
     @contextmanager

@@ -1,9 +1,11 @@
-"""NPY and NPZ arrays. Objects are never unpickled; NPY is mapped, NPZ members are streamed."""
+"""NPY and NPZ arrays; NPZ's layout is in `arrays`. Objects are never unpickled; NPY is mapped, NPZ
+members are streamed."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError, one_line
-from normwear_fast.recordings.base import (
-    Array,
-    Channel,
-    Recording,
-    check_rate,
-    rechunk,
-    register,
-)
-from normwear_fast.recordings.clock import choose_clock, time_column
+from normwear_fast.recordings.arrays import ArrayRecording, StoredArray, Tree, finite
+from normwear_fast.recordings.base import Array, Channel, Recording, register
 
-_SMALL = 1 << 20  # bytes an array beside the data (rates, names) may have
 _PIECE = 65536  # samples read at a time from a member
 
 
@@ -76,12 +70,6 @@ def _check_signal(header: _Header, where: str) -> None:
         raise RecordingError(f"{where}: has shape {shape}; (channels, samples) is right")
 
 
-def _finite(data: NDArray[Any]) -> Array:
-    values: Array = np.array(data, dtype=np.float64)
-    values[~np.isfinite(values)] = np.nan
-    return values
-
-
 @register(".npy")
 class NpyRecording(Recording):
     """One array (C, L), or (L,); --rate is its clock."""
@@ -111,13 +99,81 @@ class NpyRecording(Recording):
         data = data.reshape(-1, data.shape[-1])
         step = max(1, round(seconds * self.channels[0].sampling_rate))
         for start in range(skip[0], data.shape[1], step):  # one rate: skipped alike
-            yield [_finite(data[c, start : start + step]) for c in channels]
+            yield [finite(data[c, start : start + step]) for c in channels]
+
+
+@dataclass
+class _Member(StoredArray):
+    """An array of an NPZ file; its `array` is the header.
+
+    Args:
+        file: the NPZ file.
+        member: its name in there.
+    """
+
+    file: Path = Path()
+    member: str = ""
+
+    @property
+    def _header(self) -> _Header:
+        header: _Header = self.array
+        return header
+
+    def whole(self) -> Any:
+        with zipfile.ZipFile(self.file) as file, file.open(self.member) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+    def first(self, count: int) -> NDArray[Any]:
+        for (values,) in self.pieces([0], count):
+            return values
+        return np.empty(0)
+
+    def pieces(self, rows: list[int], step: int) -> Iterator[list[NDArray[Any]]]:
+        """A compressed member cannot be read at random, but it can be read through at several places
+        at once: each row has a handle of its own. In Fortran order all rows are read in one go."""
+        header = self._header
+        count, length = (1, *header.shape)[-2:]
+        if header.fortran and count > 1:
+            values = self._values(0, count * length, count * max(1, _PIECE // count))
+            for block in _regrouped(values, count * step):
+                yield list(block.reshape(-1, count).T[rows])
+            return
+        streams = [self._values(row * length, length, step) for row in rows]
+        yield from map(list, zip(*streams, strict=True))
+
+    def _values(self, skip: int, count: int, step: int) -> Iterator[NDArray[Any]]:
+        """Some of the member's values, in the order that they are stored in."""
+        header = self._header
+        item = header.dtype.itemsize
+        with zipfile.ZipFile(self.file) as file, file.open(self.member) as member:
+            left = header.offset + skip * item
+            while left > 0:  # a seek would hold 16 MB at a time
+                left -= len(member.read(min(left, _PIECE))) or left
+            for start in range(0, count, step):
+                wanted = min(step, count - start) * item
+                raw = member.read(wanted)
+                if len(raw) < wanted:
+                    raise RecordingError(f"{self.file}: {self.path} is truncated")
+                yield np.frombuffer(raw, header.dtype)
+
+
+def _regrouped(pieces: Iterator[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
+    """The same values, `size` at a time."""
+    held: list[NDArray[Any]] = []
+    for piece in pieces:
+        held.append(piece)
+        while sum(one.size for one in held) >= size:
+            together = np.concatenate(held)
+            yield together[:size]
+            held = [together[size:]]
+    if held and any(one.size for one in held):
+        yield np.concatenate(held)
 
 
 @register(".npz")
-class NpzRecording(Recording):
-    """`data` (C, L) with `sampling_rate` and optionally `channels` and `units`; or one array (L_i,) a
-    channel with `sampling_rate`, a number or one a channel in the file's order."""
+class NpzRecording(ArrayRecording):
+    """The layout of `arrays`: `data` (C, L), or one array a channel or (C, L) a signal. There are no
+    attributes, so that `sampling_rate` and `units` may also have one entry for each of the arrays."""
 
     format = "NPZ"
 
@@ -125,131 +181,50 @@ class NpzRecording(Recording):
         self.path = path
         try:
             with zipfile.ZipFile(path) as file:
-                members = {i.filename.removesuffix(".npy"): i for i in file.infolist()}
-                headers = {name: self._header(file, info) for name, info in members.items()}
-                small: dict[str, NDArray[Any]] = {
-                    name: self._small(file, members[name], headers[name])
-                    for name in ("sampling_rate", "channels", "units")
-                    if name in members
-                }
+                members = [self._member(file, info) for info in file.infolist()]
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise RecordingError(f"{path}: is no NPZ file: {one_line(error)}") from error
-        self._members = {name: info.filename for name, info in members.items()}
-        self._headers = headers
+        counts = Counter(one.path for one in members)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise RecordingError(f"{path}: has several arrays named {', '.join(twice)}")
+        self._arrange(Tree(arrays=[*members]), sampling_rate)
+        if not self.channels:
+            held = ", ".join(f"{one.path} of shape {one.shape}" for one in members)
+            raise RecordingError(
+                f"{path}: has neither data (channels, samples) nor other arrays of numbers that are "
+                f"signals; it has {held or 'nothing'}"
+            )
 
-        if "data" in headers:
-            _check_signal(headers["data"], f"{path}: data")
-            count, length = (1, *headers["data"].shape)[-2:]
-            # channel -> member, row in it
-            self._places = [("data", row) for row in range(count)]
-            lengths = [length] * count
-            names = [f"channel_{i + 1}" for i in range(count)]
-        else:
-            names = []
-            for name, header in headers.items():
-                if name in small or len(header.shape) != 1 or header.dtype.kind not in "iufb":
-                    continue
-                if self._is_clock(name):
-                    self.notes += (f"array {name!r} is a clock and left out",)
-                    continue
-                _check_signal(header, f"{path}: {name}")
-                names.append(name)
-            if not names:
-                raise RecordingError(
-                    f"{path}: has neither data (channels, samples) nor one-dimensional arrays of "
-                    f"numbers; it has {', '.join(headers) or 'nothing'}"
-                )
-            self._places = [(name, 0) for name in names]
-            lengths = [headers[name].shape[0] for name in names]
-        names = self._texts(small, "channels", names)
-        units = self._texts(small, "units", [""] * len(names))
-        rates = self._rates(small.get("sampling_rate"), sampling_rate, len(names))
-        self.channels = tuple(map(Channel, names, units, rates, lengths))
-
-    def _is_clock(self, name: str) -> bool:
-        """By its name; by its first values too, if the name may mean a channel."""
-        column = time_column(name)
-        if column is None or column.sure:
-            return column is not None
-        first = next(self._stream(name, 0), np.empty(0))
-        return choose_clock([column], [first], None)[0] is not None
-
-    def _header(self, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Header:
-        where = f"{self.path}: {info.filename.removesuffix('.npy')}"
+    def _member(self, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+        name = info.filename.removesuffix(".npy")
+        where = f"{self.path}: {name}"
         with file.open(info) as member:
             header = _read_header(member, where)
         _check(header, info.file_size - header.offset, where)
-        return header
+        return _Member(name, header, {}, file=self.path, member=info.filename)
 
-    def _small(self, file: zipfile.ZipFile, info: zipfile.ZipInfo, header: _Header) -> NDArray[Any]:
-        if header.size > _SMALL:
-            raise RecordingError(f"{self.path}: {info.filename} has {header.size} bytes: too many")
-        with file.open(info) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
+    def _signals(self, numbers: list[StoredArray], tree: Tree) -> list[StoredArray]:
+        signals = super()._signals(numbers, tree)
+        if not signals or any(one.name == "data" for one in signals):
+            return signals
+        settings = tree.groups.get("", {})
+        for key in ("sampling_rate", "units"):
+            values = np.ravel(settings.get(key, ()))
+            if values.size > 1:
+                self._deal_out(key, values, signals)
+                del settings[key]
+        if "units" in settings:
+            self._deal_out("units", np.repeat(settings.pop("units"), len(signals)), signals)
+        return signals
 
-    def _texts(self, small: dict[str, NDArray[Any]], key: str, default: list[str]) -> list[str]:
-        if key not in small:
-            return default
-        texts = [str(text) for text in small[key].ravel()]
-        if len(texts) != len(default):
+    def _deal_out(self, key: str, values: NDArray[Any], signals: list[StoredArray]) -> None:
+        """To each array the entry of a list that is its own, in the file's order."""
+        if len(values) != len(signals):
+            names = ", ".join(one.path for one in signals)
             raise RecordingError(
-                f"{self.path}: {key} has {len(texts)} entries for {len(default)} channels"
+                f"{self.path}: {key} has {len(values)} entries for the arrays {names}; "
+                f"one for all, or one for each, is right"
             )
-        return texts
-
-    def _rates(self, own: NDArray[Any] | None, given: float | None, count: int) -> list[float]:
-        if own is None:
-            if given is None:
-                raise RecordingError(f"{self.path}: has no array sampling_rate; pass --rate HZ")
-            return [given] * count
-        usable = own.dtype.kind in "iuf" and own.size in (1, count)
-        if not (usable and np.isfinite(own).all() and (own > 0).all()):
-            raise RecordingError(
-                f"{self.path}: sampling_rate is {own.tolist()}; "
-                f"a number of Hz above 0, or {count} of them, is right"
-            )
-        rates = [float(rate) for rate in np.broadcast_to(own.ravel(), count)]
-        check_rate(self.path, given, rates)
-        return rates
-
-    def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
-        streams = []
-        for c in channels:
-            name, row = self._places[c]
-            size = max(1, round(seconds * self.channels[c].sampling_rate))
-            streams.append(rechunk(([piece] for piece in self._stream(name, row)), size))
-        # channels of one length end together; of several, the shorter ones go on empty
-        while True:
-            block = [next(stream, None) for stream in streams]
-            if all(part is None for part in block):
-                return
-            yield [np.empty(0) if part is None else part[0] for part in block]
-
-    def _stream(self, name: str, row: int) -> Iterator[Array]:
-        """One row of a member, in pieces. Each row has a handle of its own: a compressed member
-        cannot be read at random, but it can be read through at several places at once."""
-        header = self._headers[name]
-        item = header.dtype.itemsize
-        rows, length = (1, *header.shape)[-2:]
-        # in Fortran order the rows' samples alternate
-        stride = rows if header.fortran else 1
-        skip = row * item if header.fortran else row * length * item
-        try:
-            with zipfile.ZipFile(self.path) as file, file.open(self._members[name]) as member:
-                left = header.offset + skip
-                while left > 0:  # a seek would hold 16 MB at a time
-                    left -= len(member.read(min(left, _PIECE))) or left
-                step = max(1, _PIECE // stride)
-                for start in range(0, length, step):
-                    count = min(step, length - start)
-                    wanted = ((count - 1) * stride + 1) * item
-                    raw = member.read(wanted)
-                    if len(raw) < wanted:
-                        raise RecordingError(
-                            f"{self.path}: {name} ends at sample {start}: truncated"
-                        )
-                    yield _finite(np.frombuffer(raw, header.dtype)[::stride])
-                    if start + count < length:
-                        member.seek((stride - 1) * item, 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise RecordingError(f"{self.path}: {name} is damaged: {one_line(error)}") from error
+        for one, value in zip(signals, values, strict=True):
+            one.attributes[key] = value

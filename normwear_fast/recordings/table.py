@@ -16,12 +16,14 @@ from normwear_fast.recordings.clock import (
     SHARED,
     Clock,
     Intervals,
+    Resolution,
     Spread,
     TimeColumn,
     infer_unit,
     resample,
     wall_clock,
 )
+from normwear_fast.recordings.columns import Column
 
 _GAP = 4  # median intervals; longer ones are gaps
 _PIECE = 65536  # grid points made at a time
@@ -32,12 +34,14 @@ class TableRecording(Recording):
 
     A subclass sets `_titles` (name and unit of each channel) and `_time`, then calls `_survey`.
     Opening reads the file once to check every cell and the clock, and the time column a second
-    time unless all intervals are the same; `blocks` reads it again.
+    time unless all intervals are the same; `blocks` reads it again. Columns that turn out to be no
+    channels are left out then: `_places` has the others' places among the titles.
     """
 
     _titles: list[tuple[str, str]]
     _time: TimeColumn | None
     _first_row = 1  # number of the first row of data, as a user counts
+    _places: list[int]
 
     @abstractmethod
     def _rows(
@@ -53,8 +57,12 @@ class TableRecording(Recording):
     def _survey(self, given: float | None) -> None:
         """Check the whole file; find rows, rate, channels and notes."""
         everything = list(range(len(self._titles)))
+        self._look = [Column(name) for name, _ in self._titles]
         if self._time is None:
-            rows = sum(times.size for times, _ in self._rows(everything, time=False))
+            rows = 0
+            for times, columns in self._rows(everything, time=False):
+                self._watch(np.arange(rows, rows + times.size), columns)
+                rows += times.size
             if not rows:
                 raise RecordingError(f"{self.path}: holds no rows")
             if given is None and everything:
@@ -63,27 +71,67 @@ class TableRecording(Recording):
                     f"pass --rate HZ"
                 )
             self._clock = Clock(True, given or 1.0, rows)
+            self._unit, self._origin = 1 / (given or 1.0), 0
         else:
             self._clock = self._read_clock(self._time, given)
             check_rate(self.path, given, [self._clock.sampling_rate])
+        self._leave_out()
         self.channels = tuple(
             Channel(name, unit, self._clock.sampling_rate, self._clock.samples)
-            for name, unit in self._titles
+            for name, unit in self._named(self._places)
         )
 
-    def _nanoseconds(self, everything: bool, given: float | None) -> Iterator[NDArray[np.int64]]:
-        """The time column, ns after the first row; checked to be there and never to go back."""
+    def _watch(self, times: NDArray[Any], columns: list[Array]) -> None:
+        for look, values in zip(self._look, columns, strict=True):
+            look.add(times, values)
+
+    def _leave_out(self) -> None:
+        """Find the columns that are channels, and note what the others are."""
+        assert self._unit is not None
+        self._places = []
+        for place, look in enumerate(self._look):
+            name = f"column {self._titles[place][0]!r}"
+            reason = self._no_channel(place)
+            if reason is None and look.counts():
+                reason = f"{name} counts rows and is left out"
+            elif reason is None and look.is_clock(self._origin, self._unit):
+                reason = f"{name} is a second clock and left out"
+            if reason is None:
+                self._places.append(place)
+            else:
+                self.notes += (reason,)
+        self._look = []
+
+    def _no_channel(self, place: int) -> str | None:
+        """Why a column holds no signal; None for one with a value. An array that is not looked at on
+        opening has none to show."""
+        look = self._look[place]
+        if not (look.size and look.empty):
+            return None
+        return f"column {self._titles[place][0]!r} has no value and is left out"
+
+    def _named(self, places: list[int]) -> list[tuple[str, str]]:
+        """Names and units of the channels."""
+        return [self._titles[place] for place in places]
+
+    def _nanoseconds(
+        self, everything: bool, given: float | None, resolution: Resolution | None = None
+    ) -> Iterator[NDArray[np.int64]]:
+        """The time column, ns after the first row, checked to be there; and on opening, with
+        everything, a look at the columns and at what the times are written to."""
         assert self._time is not None
         row = self._first_row
         head: list[NDArray[Any]] = []  # rows before the unit is known
         channels = list(range(len(self._titles))) if everything else []
-        for times, _ in self._rows(channels, time=True):
+        for times, columns in self._rows(channels, time=True):
             if times.dtype.kind == "f" and not np.isfinite(times).all():
                 bad = row + int(np.argmin(np.isfinite(times)))
                 raise RecordingError(
                     f"{self.path}: row {bad} has no time in column {self._time.title!r}"
                 )
             row += times.size
+            if everything:
+                self._watch(times, columns)
             head.append(times)
             if self._unit is None:
                 together = np.concatenate(head)
@@ -91,6 +139,8 @@ class TableRecording(Recording):
                     continue
                 self._set_unit(together, given)
             for part in head:
+                if resolution is not None:
+                    resolution.add(part)
                 yield self._relative(part)
             head = []
 
@@ -131,11 +181,12 @@ class TableRecording(Recording):
 
     def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
         intervals, runs = Intervals(), Intervals()  # runs: rows of times that begin and end
+        resolution = Resolution()
         rows, repeated, quantum = 0, 0, 0
         start = -1  # row of the last time's first; not of the first time, which may be cut off
         smallest, largest = np.iinfo(np.int64).max, 0
         last = None
-        for times in self._nanoseconds(True, given):
+        for times in self._nanoseconds(True, given, resolution):
             if not times.size:
                 continue
             steps = np.diff(times, prepend=times[:1] if last is None else last)
@@ -151,7 +202,7 @@ class TableRecording(Recording):
                 runs.add(np.diff(starts) if start < 0 else np.diff(starts, prepend=start))
                 start = int(starts[-1])
             steps = steps[1:] if last is None else steps
-            moved = steps[steps > 0]
+            moved = self._as_written(steps[steps > 0], resolution.written)
             intervals.add(moved)
             repeated += steps.size - moved.size
             quantum = int(np.gcd.reduce(moved, initial=quantum))
@@ -181,12 +232,12 @@ class TableRecording(Recording):
         if smallest != largest:
             gaps, missing, stray, _ = self._strays(mean, gap, median)
         # Even: rows stray from a straight line by less than a tenth of a sample either way, or as
-        # a clock that is only written to its own resolution does. But a clock whose resolution is
-        # its interval and which hardly misses a beat has lost samples.
-        coarse = stray <= 2 * quantum and not (
-            quantum >= 0.75 * median and abs(mean / median - 1) <= 0.05
-        )
-        if stray <= 0.2 * mean or coarse:
+        # a clock that is only written to its own resolution does, or that is stored to it. But a clock
+        # that is written to its interval and which hardly misses a beat has lost samples.
+        missed = quantum and last / quantum - (rows - 1)
+        lost = missed > 0.5 and quantum >= 0.75 * median and abs(mean / median - 1) <= 0.05
+        quantum = max(quantum, round(resolution.spacing * (self._unit or 0.0) * 1e9))
+        if stray <= 0.2 * mean or (stray <= 2 * quantum and not lost):
             return Clock(True, self._round_rate(1e9 / mean, rows, last, quantum), rows)
 
         rate = 1e9 / median
@@ -203,6 +254,11 @@ class TableRecording(Recording):
             )
         self._note_gaps(gaps, gap, missing)
         return Clock(False, rate, samples, gap)
+
+    def _as_written(self, steps: NDArray[np.int64], written: float) -> NDArray[np.int64]:
+        """Steps (ns) of times that are whole multiples of `written`, but for a float's own error."""
+        place = round(written * (self._unit or 0.0) * 1e9)
+        return np.rint(steps / place).astype(np.int64) * place if place > 1 else steps
 
     def _check_length(self, samples: int, rows: int, rate: float, last: int) -> None:
         if samples > max(10_000_000, 1000 * rows):
@@ -328,6 +384,7 @@ class TableRecording(Recording):
         return whole if drift <= max(quantum, 1) and drift <= 1e9 / rate else rate
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
+        channels = [self._places[channel] for channel in channels]
         size = max(1, round(seconds * self._clock.sampling_rate))
         if self._clock.even:
             pieces: Iterator[list[Array]] = (c for _, c in self._rows(channels, time=False))

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,6 +45,7 @@ _BYTES = {
     "311": Fraction(4, 3),
 }
 _FLAC = {"508", "516", "524"}
+_HEADER_BYTES = 4 << 20  # read of a header: 100,000 segments
 _NULL = "0"  # a signal that is declared and not stored
 
 READ_VALUES = 1 << 20
@@ -51,17 +53,41 @@ READ_VALUES = 1 << 20
 reading and preparing ten windows of a channel."""
 
 
-def _segments_of(header: Path) -> Iterable[Path]:
-    """The headers that a multi-segment header puts together: not recordings of their own."""
+def _lines(header: Path) -> list[str]:
+    """A header's lines but for comments; none where it cannot be read."""
     try:
-        lines = header.read_text(encoding="ascii", errors="ignore").splitlines()
+        if not header.is_file():  # opening a pipe waits for ever
+            return []
+        with header.open("rb") as file:
+            lines = file.read(_HEADER_BYTES).decode("ascii", "ignore").splitlines()
     except OSError:
         return []
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _segments_of(header: Path) -> Iterable[Path]:
+    """The headers that a multi-segment header puts together: not recordings of their own."""
+    lines = _lines(header)
     if not lines or not re.match(r"\s*\S+/\d+\s", lines[0]):
         return []
     names = [line.split()[0] for line in lines[1:]]
-    return [header.with_name(f"{name}.hea") for name in names if name != "~"]
+    return [header.with_name(f"{name}.hea") for name in names if _is_name(name)]
+
+
+def files_of(header: Path) -> list[Path]:
+    """The files of a record, there or not: its headers, the segments' included, and the signal files
+    that they name."""
+    segments = list(dict.fromkeys(_segments_of(header)))
+    files = {header, *segments}
+    for one in segments or [header]:
+        names = {line.split()[0] for line in _lines(one)[1:]}
+        files |= {one.with_name(name) for name in names if _is_name(name)}
+    return sorted(files)
+
+
+def _is_name(name: str) -> bool:
+    """A file beside the header: no gap ("~"), no folder's, none that no file can have."""
+    return name not in ("~", ".", "..") and "/" not in name and "\0" not in name
 
 
 @dataclass(frozen=True)
@@ -194,11 +220,14 @@ class WfdbRecording(Recording):
         declared = getattr(self, "_declared", None)
         if declared is None:
             return stored[0].signals if stored else ()
-        known: dict[str, _Signal] = {}
+        known: dict[tuple[str, int], _Signal] = {}
         for segment in stored:
-            for signal in segment.signals:
-                known.setdefault(signal.name, signal)
-        return tuple(known.get(signal.name, signal) for signal in declared)
+            for key, signal in zip(_numbered(segment.signals), segment.signals, strict=True):
+                known.setdefault(key, signal)
+        return tuple(
+            known.get(key, signal)
+            for key, signal in zip(_numbered(declared), declared, strict=True)
+        )
 
     def _match(self, layout: tuple[_Signal, ...], segment: _Segment) -> list[int | None]:
         if segment.path is None:
@@ -210,8 +239,7 @@ class WfdbRecording(Recording):
                 )
             places: list[int | None] = list(range(len(layout)))
         else:
-            names = [signal.name for signal in segment.signals]
-            places = [names.index(s.name) if s.name in names else None for s in layout]
+            places = self._match_names(layout, segment)
         for signal, place in zip(layout, places, strict=True):
             if place is None:
                 continue
@@ -222,6 +250,25 @@ class WfdbRecording(Recording):
                     f"a frame in {other.unit}, elsewhere {signal.samples_per_frame} in {signal.unit}"
                 )
         return places
+
+    def _match_names(self, layout: tuple[_Signal, ...], segment: _Segment) -> list[int | None]:
+        """Where a segment of a record of variable layout has its signals: by name, those of one name
+        in their order."""
+        there = Counter(signal.name for signal in segment.signals)
+        declared = Counter(signal.name for signal in layout)
+        for name, count in there.items():
+            # two for one, or one for two: nothing says which is which
+            if declared[name] not in (0, count):
+                raise RecordingError(
+                    f"{segment.path}: has {count} signals named {name!r}, the record's layout "
+                    f"{declared[name]}: as many, or other names, are right"
+                )
+        unknown = [name for name in there if not declared[name]]
+        note = f"signal {', '.join(unknown)} is not in the layout and left out"
+        if unknown and note not in self.notes:  # once, not for each of a thousand segments
+            self.notes += (note,)
+        places = {key: place for place, key in enumerate(_numbered(segment.signals))}
+        return [places.get(key) for key in _numbered(layout)]
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         return self._blocks_from(channels, seconds, 0)
@@ -273,6 +320,16 @@ class WfdbRecording(Recording):
                     row[low * each : (low + step) * each]
                     for row, each in zip(block, per_frame, strict=True)
                 ]
+
+
+def _numbered(signals: Iterable[_Signal]) -> list[tuple[str, int]]:
+    """Each signal's name, and how many of that name stand before it."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for signal in signals:
+        keys.append((signal.name, seen[signal.name]))
+        seen[signal.name] += 1
+    return keys
 
 
 def _read_header(path: Path) -> Any:

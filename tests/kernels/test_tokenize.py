@@ -11,9 +11,10 @@ import torch
 from normwear_fast import operators
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import InputError
-from normwear_fast.kernels.tokenize import column_filters, tokenize
+from normwear_fast.kernels.tokenize import column_filters, constant_scalogram, tokenize
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, sequence_tokens
+from normwear_fast.scalograms import scalogram
 from normwear_fast.wavelets import wavelet_bank
 
 CPU = torch.device("cpu")
@@ -95,6 +96,35 @@ def test_parity_over_ragged_lengths(method, dtype, options):
     )
 
 
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_a_constant_costs_no_bits(method, precision):
+    """Raw counts: operands of 10 bits see what varies, not the constant it stands on."""
+    tokenizer, series, samples, sequences = batch(
+        np.random.default_rng(), [130, 47, 130, 95], method, 32
+    )
+    offsets = torch.tensor([1e5, 0.0, -3e4, 300.0]).repeat_interleave(torch.tensor(samples.lengths))
+    raw = series.round(decimals=3) + offsets
+    exact = defined(tokenizer, raw, samples, sequences)
+    varying = defined(tokenizer, (raw.double() - offsets.double()).float(), samples, sequences)
+    rows = torch.full((sequences.total, 32), torch.nan)
+    tokenize(rows, raw, samples, sequences, tokenizer, input_precision=precision)
+    # What varies, and a patch itself: large at the ends of the series, next to nothing between.
+    rounding = 2**-10 if precision == "tf32" else 2e-6
+    bound = rounding * (varying.abs().max() + exact.abs().amax(dim=1, keepdim=True))
+    assert ((rows.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+@pytest.mark.parametrize("samples", [9, 10, 387, 388, 639, 641, 1298])
+def test_the_scalogram_of_a_constant(method, samples):
+    ones = torch.ones(1, 1, samples + 2, dtype=torch.float64)
+    expected = scalogram(ones, method)[0, 0, 0].numpy()
+    found = constant_scalogram(samples, method, "mexh", 65)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-12
+
+
 @pytest.mark.parametrize(
     ("method", "length"),
     [
@@ -167,6 +197,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
 
     monkeypatch.setattr(module, "KEPT_FILTERS", 3)
     monkeypatch.setattr(module, "KEPT_PLANS", 2)
+    monkeypatch.setattr(module, "KEPT_ONES", 3)
     rng = np.random.default_rng()
     tables = batch(rng, list(range(11, 20)), "scipy", 16)[0]
     for length in (11, 12, 13, 14, 11):
@@ -178,6 +209,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
         )
     (kept,) = tables.prepared.values()
     assert len(kept._filters) <= 3
+    assert len(kept.ones) <= 3
     assert len(kept._plans) <= 2
 
 
