@@ -13,6 +13,10 @@ from normwear_fast.errors import UsageError
 SAMPLING_RATE = 65.0
 """Hz; the rate the published weights were trained at."""
 
+LARGEST_SAMPLE = 1e15
+"""In its own units. The variances of tokens of 1e18 overflow float32, and where they do the
+kernels give finite numbers that mean nothing; fill values (1e20, 9.97e36) are larger still."""
+
 MIN_SAMPLES = 11
 """The shortest series: 9 scalogram rows, one row of patches, in both scalograms."""
 
@@ -72,7 +76,8 @@ class NormWearConfig:
     tokens: str = "scalogram"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if isinstance(self.patch_size, list):
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
         counts: tuple[str, ...] = ("embed_dim", "depth", "num_heads", "fusion_every")
         counts += (
             "decoder_embed_dim",
@@ -94,7 +99,8 @@ class NormWearConfig:
             )
         if not isinstance(self.mlp_ratio, int | float) or not 0 < self.mlp_ratio <= LARGEST:
             raise UsageError(f"NormWearConfig.mlp_ratio is {self.mlp_ratio!r}; it must be above 0")
-        if not all(isinstance(n, int) and 1 <= n <= LARGEST for n in self.patch_size):
+        sizes = self.patch_size if isinstance(self.patch_size, tuple) else ()
+        if len(sizes) != 2 or not all(isinstance(n, int) and 1 <= n <= LARGEST for n in sizes):
             raise UsageError(
                 f"NormWearConfig.patch_size is {self.patch_size!r}; it must be two ints >= 1"
             )
@@ -177,3 +183,12 @@ class NormWearConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+
+def check_config(config: Any) -> None:
+    """A UsageError unless this is a NormWearConfig, or None for the released sizes."""
+    if config is not None and not isinstance(config, NormWearConfig):
+        raise UsageError(
+            f"config is a {type(config).__name__}; it must be a NormWearConfig, which "
+            "NormWearConfig(embed_dim=..., depth=...) makes"
+        )

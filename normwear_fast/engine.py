@@ -102,34 +102,53 @@ def _setting(flags: Any, name: str) -> Any:
 
 
 @contextmanager
-def exact_products(precision: str) -> Iterator[None]:
-    """float32 without TF32, bfloat16 without 16-bit partial sums, whatever the process has set.
+def exact_products(precision: str, kind: str = "cuda") -> Iterator[None]:
+    """float32 without TF32 or, on a CPU, bfloat16; bfloat16 without 16-bit partial sums; whatever the
+    process has set.
 
     The flags are the process's: of runs that overlap the last to end puts them back.
     """
-    flags: Any = torch.backends.cuda.matmul
-    values: dict[str, Any] = {"allow_bf16_reduced_precision_reduction": False}
-    if precision == "float32":
-        try:
-            _ = flags.allow_tf32
-            values["allow_tf32"] = False
-        except RuntimeError:  # the process uses the newer name, and torch refuses to mix the two
-            values["fp32_precision"] = "ieee"
+    flags = _cuda_flags(precision) if kind == "cuda" else _cpu_flags(precision)
     with _EXACT_LOCK:
-        for name, value in values.items():
-            held, before = _EXACT.get(name) or (0, _setting(flags, name))
-            setattr(flags, name, value)
-            _EXACT[name] = held + 1, before
+        for place, (owner, name, value) in flags.items():
+            held, before = _EXACT.get(place) or (0, _setting(owner, name))
+            setattr(owner, name, value)
+            _EXACT[place] = held + 1, before
     try:
         yield
     finally:
         with _EXACT_LOCK:
-            for name in values:
-                held, before = _EXACT.pop(name)
+            for place, (owner, name, _) in flags.items():
+                held, before = _EXACT.pop(place)
                 if held > 1:
-                    _EXACT[name] = held - 1, before
+                    _EXACT[place] = held - 1, before
                 else:
-                    setattr(flags, name, before)
+                    setattr(owner, name, before)
+
+
+_Flags = dict[str, tuple[Any, str, Any]]
+"""Owner of the flag, its name there, and its value, by a name of its own."""
+
+
+def _cuda_flags(precision: str) -> _Flags:
+    owner: Any = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    flags: _Flags = {name: (owner, name, False)}
+    if precision == "float32":
+        try:
+            _ = owner.allow_tf32
+            flags["tf32"] = owner, "allow_tf32", False
+        except RuntimeError:  # the process uses the newer name, and torch refuses to mix the two
+            flags["tf32"] = owner, "fp32_precision", "ieee"
+    return flags
+
+
+def _cpu_flags(precision: str) -> _Flags:
+    if precision != "float32":
+        return {}
+    library: Any = torch.backends.mkldnn
+    owners = {"mkldnn matmul": library.matmul, "mkldnn conv": library.conv}
+    return {place: (owner, "fp32_precision", "ieee") for place, owner in owners.items()}
 
 
 class Workspace:
@@ -259,7 +278,10 @@ class Engine:
             with torch.autocast(kind, enabled=False):
                 return self.run(series, layout, pool)
         if kind != "cuda":
-            return self._run(series, layout, pool)
+            if self.encoder is not None:  # no product of torch's
+                return self._run(series, layout, pool)
+            with exact_products(self.precision, kind):
+                return self._run(series, layout, pool)
         # Kernels are launched on the current device's stream.
         with torch.cuda.device(self.device), exact_products(self.precision):
             stream = torch.cuda.current_stream(self.device)

@@ -20,12 +20,31 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from normwear_fast.config import NormWearConfig
+from normwear_fast.errors import UsageError
 from normwear_fast.positions import resize_positions
-from normwear_fast.reference import FINAL_EPS, LAYER_EPS, Block, EncoderLayer, ReferenceNormWear
+from normwear_fast.reference import (
+    FINAL_EPS,
+    LAYER_EPS,
+    MLP,
+    Attention,
+    Block,
+    EncoderLayer,
+    PatchEmbed,
+    ReferenceNormWear,
+)
 
 LOG2_E = 1.0 / math.log(2.0)
+
+
+_PLAIN = {
+    *(nn.ModuleList, PatchEmbed, EncoderLayer, Block, Attention, MLP),
+    *(nn.Linear, nn.LayerNorm, nn.Conv2d),
+}
+"""What the encoder's modules are, themselves and no subclass, where folding may read their weights."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,51 @@ def _fold_block(block: Block, dtype: torch.dtype, constant_dtype: torch.dtype) -
         fc2=double(mlp.fc2.weight).to(dtype),
         fc2_constant=double(mlp.fc2.bias).to(constant_dtype),
     )
+
+
+class NotPlainError(UsageError):
+    """A layer computes something that folded weights would not."""
+
+
+def check_plain(model: ReferenceNormWear) -> None:
+    """Folding reads weights: a layer that computes anything else (an adapter, a hook) must not.
+
+    Raises:
+        NotPlainError: the first such layer.
+    """
+    hooks = torch.nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        raise NotPlainError("torch has global forward hooks, which fast inference would not run")
+    for root in ("patch_embed", "encoder_blocks", "norm"):
+        for name, module in cast(nn.Module, getattr(model, root)).named_modules(prefix=root):
+            # A parametrization's own modules compute the weight that is read here.
+            if "parametrizations" not in name.split("."):
+                wrong = _what_is_not_plain(name, module, model.config)
+                if wrong is not None:
+                    raise NotPlainError(f"{name} {wrong}")
+    for i, layer in enumerate(cast(Iterable[nn.Module], model.encoder_blocks)):
+        if model.config.has_fusion(i) and not hasattr(layer, "cls_fusion"):
+            raise NotPlainError(f"encoder_blocks.{i} has no cls_fusion")
+
+
+def _what_is_not_plain(name: str, module: nn.Module, config: NormWearConfig) -> str | None:
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which fast inference would not run"
+    if kind not in _PLAIN or "forward" in module.__dict__:
+        return f"is a {kind.__name__}, not a plain layer; merge adapters into the weights before encoding"
+    if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and (
+        module.weight is None or module.bias is None
+    ):
+        return "has no weight or no bias"
+    if isinstance(module, nn.LayerNorm):
+        eps = FINAL_EPS if name == "norm" else LAYER_EPS
+        return None if module.eps == eps else f"has eps {module.eps:g}, not {eps:g}"
+    if isinstance(module, Attention) and module.num_heads != config.num_heads:
+        return f"has {module.num_heads} heads, the model's config {config.num_heads}"
+    return None
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
+from normwear_fast.config import LARGEST_SAMPLE, MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.errors import InputError
-from normwear_fast.preprocess import as_float_array
+from normwear_fast.preprocess import as_float_array, as_rate
 
 Resample = Literal["upstream", "always", "never"]
 
@@ -23,7 +23,7 @@ UPSTREAM_RESAMPLES_ABOVE = 256.0
 def window_list(windows: Any) -> list[NDArray[Any]]:
     """(windows, channels, samples), or a sequence of (channels, samples) of any lengths, as a list."""
     if isinstance(windows, Tensor):
-        windows = _from_tensor(windows)
+        windows = as_float_array(windows)
     if isinstance(windows, np.ndarray) and windows.dtype != object:
         if windows.ndim != 3:
             raise InputError(
@@ -32,8 +32,6 @@ def window_list(windows: Any) -> list[NDArray[Any]]:
         windows = list(windows)
     items = []
     for i, window in enumerate(windows):
-        if isinstance(window, Tensor):
-            window = _from_tensor(window)
         array = as_float_array(window)
         if array.ndim != 2 or array.shape[0] == 0:
             raise InputError(f"window {i} is {array.shape}; it must be (channels, samples)")
@@ -41,31 +39,18 @@ def window_list(windows: Any) -> list[NDArray[Any]]:
     return items
 
 
-def _from_tensor(x: Tensor) -> NDArray[Any]:
-    x = x.detach().cpu()
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()  # NumPy has no bfloat16
-
-
-def check_rate(rate: float) -> None:
-    if not (np.isfinite(rate) and rate > 0):
-        raise InputError(f"sampling_rate is {rate!r}; it must be a positive number of Hz")
-
-
 def rate_list(sampling_rate: float | Sequence[float], count: int) -> list[float]:
     """One rate a window, from one for all or one for each."""
     if np.ndim(sampling_rate) == 0:
-        rates = [float(cast(float, sampling_rate))] * count
-    else:
-        rates = [float(rate) for rate in cast(Sequence[float], sampling_rate)]
-        if len(rates) != count:
-            raise InputError(f"sampling_rate has {len(rates)} values for {count} windows")
-    for rate in set(rates):
-        check_rate(rate)
+        return [as_rate(sampling_rate, "sampling_rate")] * count
+    rates = [as_rate(rate, "sampling_rate") for rate in cast(Sequence[float], sampling_rate)]
+    if len(rates) != count:
+        raise InputError(f"sampling_rate has {len(rates)} values for {count} windows")
     return rates
 
 
 def check_finite(x: Tensor) -> None:
-    """The first window and channel with a missing value, named."""
+    """An InputError that names the first window and channel with a missing value, or one too large."""
     finite = torch.isfinite(x).all(-1)
     if not bool(finite.all()):
         window, channel = (int(i) for i in (~finite).nonzero()[0])
@@ -73,6 +58,17 @@ def check_finite(x: Tensor) -> None:
             f"window {window}, channel {channel} holds NaN or inf; fill it, or use "
             "encode(..., missing='interpolate')"
         )
+    largest = x.abs().amax(-1)
+    if bool((largest > LARGEST_SAMPLE).any()):
+        window, channel = (int(i) for i in (largest > LARGEST_SAMPLE).nonzero()[0])
+        raise InputError(_too_large(f"window {window}, channel {channel}", largest.max()))
+
+
+def _too_large(what: str, largest: float | Tensor) -> str:
+    return (
+        f"{what} holds values beyond float32's sums, up to {float(largest):.3g} ({LARGEST_SAMPLE:g} is "
+        "right): rescale it, or make fill values NaN"
+    )
 
 
 def samples_at_model_rate(samples: int, rate: float, resample: str) -> int:
@@ -122,8 +118,7 @@ def prepare(
         from normwear_fast.preprocess import resample_sinc
 
         window = resample_sinc(np.asarray(window, np.float32), rate)
-    with np.errstate(over="ignore"):
-        prepared = np.ascontiguousarray(window, dtype=np.float32)
-    if not np.isfinite(prepared).all():
-        raise InputError(f"window {index} holds values beyond float32; rescale it")
-    return prepared
+    largest = np.abs(window).max()
+    if not largest <= LARGEST_SAMPLE:
+        raise InputError(_too_large(f"window {index}", largest))
+    return np.ascontiguousarray(window, dtype=np.float32)

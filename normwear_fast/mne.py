@@ -17,9 +17,35 @@ does by default."""
 
 
 def is_mne(value: Any) -> bool:
-    """Whether this is an mne.io.Raw or mne.Epochs; mne is not imported to find out."""
+    """Whether this is an mne.io.Raw or mne.Epochs, or a list that holds one, which `windows_of` refuses;
+    mne is not imported to find out."""
     mne = sys.modules.get("mne")
-    return mne is not None and isinstance(value, mne.io.BaseRaw | mne.BaseEpochs)
+    if mne is None:
+        return False
+    items = value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(item, mne.io.BaseRaw | mne.BaseEpochs) for item in items)
+
+
+def with_own_rate(windows: Any, sampling_rate: Any) -> tuple[Any, Any]:
+    """The windows of an mne object and its own rate; of anything else both as given."""
+    return windows_of(windows) if is_mne(windows) else (windows, sampling_rate)
+
+
+def equal_windows_of(instance: Any) -> tuple[NDArray[np.float64], float]:
+    """`windows_of` as one array (B, C, L).
+
+    Raises:
+        InputError: as `windows_of`; a Raw of whose rate 6 s are no whole number of samples.
+    """
+    windows, rate = windows_of(instance)
+    lengths = {window.shape[1] for window in windows}
+    if len(lengths) > 1:
+        counts = " or ".join(map(str, sorted(lengths)))
+        raise InputError(
+            f"windows of {WINDOW_SECONDS:g} s at {rate:g} Hz have {counts} samples; use encode, "
+            "or mne.make_fixed_length_epochs"
+        )
+    return np.stack(windows) if windows else np.empty((0, 0, 0)), rate
 
 
 def windows_of(instance: Any) -> tuple[list[NDArray[np.float64]], float]:
@@ -31,10 +57,15 @@ def windows_of(instance: Any) -> tuple[list[NDArray[np.float64]], float]:
     where a Raw was not recorded.
 
     Raises:
-        InputError: a Raw shorter than a window, or without a channel that holds data.
+        InputError: a Raw shorter than a window, one without a channel that holds data, or a list.
     """
     import mne
 
+    if isinstance(instance, list | tuple):
+        raise InputError(
+            "a list of mne objects, whose windows could not be told apart in the result; give one at a "
+            "time, or join them: mne.concatenate_raws, mne.concatenate_epochs"
+        )
     picks = mne.pick_types(
         instance.info, meg=True, eeg=True, ref_meg=False, misc=True, exclude="bads"
     )

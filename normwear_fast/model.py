@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,25 +20,25 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from normwear_fast import traced
 from normwear_fast.backends import select_backend
-from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig
+from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig, check_config
 from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
 from normwear_fast.errors import InputError, UsageError
-from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
+from normwear_fast.folding import FoldedBlock, FoldedEncoder, NotPlainError, check_plain, fold
 from normwear_fast.inputs import (
     UPSTREAM_RESAMPLES_ABOVE,
     Resample,
     check_finite,
-    check_rate,
     prepare,
     rate_list,
     samples_at_model_rate,
     window_list,
 )
-from normwear_fast.mne import is_mne, windows_of
-from normwear_fast.operators import Pool, register_model
+from normwear_fast.mne import equal_windows_of, is_mne, windows_of
+from normwear_fast.operators import Pool, living_models, register_model
 from normwear_fast.outputs import ChannelPool, Outputs, pool_channels, progress
 from normwear_fast.packing import (
     Layout,
@@ -44,10 +49,11 @@ from normwear_fast.packing import (
     scalogram_method,
     window_tokens,
 )
-from normwear_fast.preprocess import as_float_array
-from normwear_fast.reference import Attention, Block, ReferenceNormWear
+from normwear_fast.preprocess import as_float_array, as_rate
+from normwear_fast.reference import ReferenceNormWear
 from normwear_fast.scalograms import scalogram
 from normwear_fast.transfer import Transfers
+from normwear_fast.watch import Watch, transformed
 
 WORKSPACE_BYTES = {"cpu": 512 * 2**20, "cuda": 16 * 2**30}
 """Activation buffers kept between calls; a larger window's are freed after it."""
@@ -59,36 +65,8 @@ _DTYPES = {
     "fp8": torch.float32,  # the backend quantises
     "int8": torch.float32,  # likewise
 }
-_FOLDABLE = (Attention, Block, nn.Linear, nn.LayerNorm, nn.Conv2d)
-
-
-class _Watch:
-    """Notices any change to a module's parameters: replaced, moved, or written in place.
-
-    The tensors are held, so that neither an ``id`` nor an address can be reused unnoticed.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._members: list[tuple[dict[str, Any], str, Any]] = []
-        self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
-        for child in module.modules():
-            members = [*child._modules.items(), *child._parameters.items()]
-            for name, member in members:
-                owner = child._modules if name in child._modules else child._parameters
-                self._members.append((cast(dict[str, Any], owner), name, member))
-                if isinstance(member, Tensor):
-                    alias = member.detach()
-                    entry = (member, alias, member._version, member.data_ptr())
-                    self._tensors.append(entry)
-
-    def unchanged(self) -> bool:
-        return all(owner.get(name) is member for owner, name, member in self._members) and all(
-            tensor._version == version and tensor.data_ptr() == address
-            for tensor, _, version, address in self._tensors
-        )
-
-    def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor, *_ in self._tensors)
+_CACHES: dict[str, Any] = {"_watch": None, "_origin": None, "_digest": None, "_transfers": None}
+"""What no copy of a model takes along."""
 
 
 class FastNormWear(ReferenceNormWear):
@@ -97,10 +75,11 @@ class FastNormWear(ReferenceNormWear):
     The released-name parameters are the only truth. Folded weights are a cache of them per (device,
     precision, backend), rebuilt after ``load_state_dict``, ``.to()``, an optimiser step or any other
     write that autograd counts. It does not count writes through ``p.data`` or ``p.numpy()``: write
-    under ``torch.no_grad()`` instead. Where gradients are enabled and any parameter or the input
-    requires them, ``forward`` and ``get_embedding`` take the plain differentiable path: wrap inference
-    in ``torch.inference_mode()``, or call ``requires_grad_(False)``; ``encode`` is always in inference
-    mode.
+    under ``torch.no_grad()`` instead. Layers that compute anything else than the released ones, such as
+    adapters, run in the plain model, with a warning; ``encode`` refuses them. Where gradients are
+    enabled and any parameter or the input requires them, ``forward`` and ``get_embedding`` take the plain
+    differentiable path: wrap inference in ``torch.inference_mode()``, or call
+    ``requires_grad_(False)``; ``encode`` is always in inference mode.
 
     Args:
         optimized_cwt: which scalogram: True is the one pretraining used, False (upstream's default)
@@ -129,6 +108,16 @@ class FastNormWear(ReferenceNormWear):
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
+        if not isinstance(optimized_cwt, bool):
+            raise UsageError(
+                f"optimized_cwt is {optimized_cwt!r}; it must be True or False (weights are the third "
+                "argument, or weight_path=...)"
+            )
+        if not isinstance(weight_path, str | os.PathLike):
+            raise UsageError(
+                f"weight_path is {weight_path!r}; it must be a path, or left out for random weights"
+            )
+        check_config(config)
         if not use_cwt:
             raise UsageError("use_cwt=False has no released weights; NormWear takes scalograms")
         resolve_precision(precision, torch.device("cpu"))
@@ -158,15 +147,19 @@ class FastNormWear(ReferenceNormWear):
         self.optimized_cwt = optimized_cwt
         self.precision = precision
         self.backend = backend
-        self.weights: dict[str, Any] = (
+        self._frozen: tuple[FoldedEncoder, str] | None = None
+        self._origin: Watch | None = None
+        """Of the weights that :attr:`weights` speaks of; None once they have changed."""
+        self.weights = (
             {"source": "random", "seed": seed}
             if checkpoint is None
             else {"source": checkpoint.source, "sha256": checkpoint.sha256}
         )
+        self._digest: tuple[Watch, str] | None = None
+        """SHA-256 of weights that no file's speaks for, once it was asked for."""
         self.train(False)
-        self._watch: _Watch | None = None
-        self._engines: dict[tuple[torch.device, str, str], Engine] = {}
-        self._frozen: tuple[FoldedEncoder, str] | None = None
+        self._watch: Watch | None = None
+        self._engines: dict[tuple[Any, ...], Engine] = {}
         self._transfers: Transfers | None = None
         self._lock = threading.RLock()
         self._handle = register_model(self)
@@ -200,7 +193,8 @@ class FastNormWear(ReferenceNormWear):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``model.safetensors`` and ``config.json``, which `from_pretrained` loads bit for bit."""
+        """Writes ``model.safetensors`` and ``config.json``, which `from_pretrained` loads bit for bit
+        (float64 weights rounded to float32)."""
         from normwear_fast.weights import save_pretrained
 
         save_pretrained(
@@ -234,7 +228,7 @@ class FastNormWear(ReferenceNormWear):
         device = self.device
         backend = select_backend(self.backend, device)
         return {
-            "weights": dict(self.weights),
+            "weights": self._weights_record(),
             "config": self.config.to_dict(),
             "scalogram": scalogram_method(self.optimized_cwt),
             "precision": self.resolved_precision,
@@ -248,10 +242,35 @@ class FastNormWear(ReferenceNormWear):
             **(backend.versions(device) if backend.versions else {}),
         }
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Where the weights are from; where they were written to since, what they began as."""
+        if self._origin is not None and not self._origin.same_weights():
+            self._origin = None
+        if self._origin is None and self._frozen is None:
+            return {"source": "changed after loading", "began_as": self._weights["source"]}
+        return dict(self._weights)
+
+    @weights.setter
+    def weights(self, record: dict[str, Any]) -> None:
+        self._weights = dict(record)
+        self._origin = Watch(self)
+
+    def _weights_record(self) -> dict[str, Any]:
+        """`weights` with a SHA-256, so that equal records mean equal weights."""
+        record = self.weights
+        if "sha256" in record or record["source"] == "random" or self._frozen is not None:
+            return record
+        watch = self._watched()
+        if self._digest is None or self._digest[0] is not watch:
+            self._digest = watch, _digest(self)
+        return record | {"sha256": self._digest[1]}
+
     def extra_repr(self) -> str:
-        source = self.weights["source"]
+        record = self.weights
+        source = record["source"]
         if source == "random":
-            source = f"random (seed {self.weights['seed']}); embeddings of it mean nothing"
+            source = f"random (seed {record['seed']}); embeddings of it mean nothing"
         return (
             f"weights={source}, scalogram={scalogram_method(self.optimized_cwt)}, "
             f"precision={self.precision}, backend={self.backend}"
@@ -262,13 +281,16 @@ class FastNormWear(ReferenceNormWear):
 
         ``state_dict()`` and gradients are gone; memory is about halved (and the decoder's freed).
         """
+        if self._frozen is not None:
+            return self
         with self._lock:
+            self._weights = self._weights_record()
             precision = self.resolved_precision
-            engine = self._engine(precision)
+            engine = self._engine()
             # A backend with its own products has dropped the matrices that a move would need.
             folded = fold(self, _DTYPES[precision]) if engine.encoder else engine.folded
             self._frozen = (folded, precision)
-            self._watch = None
+            self._watch = self._origin = None
             self._engines.clear()
             for module in self.modules():
                 for name in module._parameters:
@@ -287,13 +309,14 @@ class FastNormWear(ReferenceNormWear):
         if getattr(self, "_frozen", None):
             raise UsageError("this model was frozen for encoding; load weights into a new one")
         loaded = super().load_state_dict(*args, **kwargs)
-        if hasattr(self, "weights"):
+        if hasattr(self, "_origin"):
             self.weights = {"source": "load_state_dict"}
         return loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastNormWear:
         # A move leaves engines of the old device behind: they must not outlive it.
         if "_engines" in self.__dict__:
+            record, dtype = self.weights, self._dtype()
             self._engines.clear()
             self._watch = None
             if self._frozen is not None:
@@ -301,7 +324,16 @@ class FastNormWear(ReferenceNormWear):
                 if folded.carried.dtype != self._frozen[0].carried.dtype:
                     raise UsageError("a frozen model cannot change its dtype; load it anew")
                 self._frozen = (folded, self._frozen[1])
-        return cast("FastNormWear", super()._apply(fn, recurse))
+        moved = cast("FastNormWear", super()._apply(fn, recurse))
+        if self.__dict__.get("_origin") is not None:
+            self._origin = None
+            # A move changes no weight; one to fewer bits does.
+            if torch.promote_types(dtype, self._dtype()) == self._dtype():
+                self.weights = record
+        return moved
+
+    def _dtype(self) -> torch.dtype:
+        return self._frozen[0].carried.dtype if self._frozen else self.cls_token.dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastNormWear:
         # Engines are a cache and locks cannot be copied.
@@ -310,22 +342,31 @@ class FastNormWear(ReferenceNormWear):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         fresh: dict[str, Any] = {
-            "_watch": None,
+            **_CACHES,
             "_engines": {},
-            "_transfers": None,
             "_lock": threading.RLock(),
             "_handle": register_model(twin),
         }
+        same = self._same()
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+            if name != "_compiled_call_impl":  # is bound to this one
+                twin.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+        twin._origin = Watch(twin) if same else None
         return twin
 
+    def _same(self) -> bool:
+        """Whether the weights are those that :attr:`weights` speaks of."""
+        return self._origin is not None and self._origin.same_weights()
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_watch": None, "_engines": {}, "_transfers": None, "_lock": None}
+        state = self.__dict__ | _CACHES | {"_engines": {}, "_lock": None, "_same": self._same()}
+        state.pop("_compiled_call_impl", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        same = state.pop("_same", False)
         super().__setstate__(state)
-        self._transfers = None
+        self._origin = Watch(self) if same else None
         self._lock = threading.RLock()
         self._handle = register_model(self)
 
@@ -347,9 +388,9 @@ class FastNormWear(ReferenceNormWear):
             self.cls_token if self._frozen is None else self._frozen[0].carried
         )
 
-    def _watched(self) -> _Watch:
+    def _watched(self) -> Watch:
         if self._watch is None or not self._watch.unchanged():
-            self._watch = _Watch(self)
+            self._watch = Watch(self)
             self._engines.clear()
         return self._watch
 
@@ -363,32 +404,22 @@ class FastNormWear(ReferenceNormWear):
         resolved = self._precision(precision)
         if self._frozen is None:
             self._watched()
-        key = (self.device, resolved, self.backend)
+        method = scalogram_method(self.optimized_cwt)
+        key = (self.device, resolved, self.backend, method)
         if key not in self._engines:
             if self._frozen is not None:
                 folded = self._frozen[0]
             else:
-                self._check_foldable()
+                check_plain(self)
                 folded = fold(self, _DTYPES[resolved])
             self._engines[key] = Engine(
                 folded,
                 self.config,
-                scalogram_method(self.optimized_cwt),
+                method,
                 select_backend(self.backend, self.device),
                 resolved,
             )
         return self._engines[key]
-
-    def _check_foldable(self) -> None:
-        """Folding reads weights: a layer that computes anything else (an adapter, a hook) must not."""
-        for name, module in [*self.encoder_blocks.named_modules(), ("norm", self.norm)]:
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise UsageError(f"{name} has forward hooks, which fast inference would not run")
-            if not list(module.children()) and type(module) not in _FOLDABLE:
-                raise UsageError(
-                    f"{name} is a {type(module).__name__}, not a plain layer; merge adapters into the "
-                    "weights before encoding"
-                )
 
     # --- upstream's calls ----------------------------------------------------------------------------
 
@@ -415,22 +446,41 @@ class FastNormWear(ReferenceNormWear):
             )
         if torch.compiler.is_exporting():
             return traced.forward(self, x)
-        if self._needs_gradients(x):
-            spectrum = scalogram(
-                x.to(self._series_dtype()),
-                scalogram_method(self.optimized_cwt),
-                wavelet=self.config.wavelet,
-                num_scales=self.config.num_scales,
+        if torch._C._get_tracing_state() is not None:
+            raise UsageError(
+                "torch.jit.trace cannot follow the engine; use torch.export or compile"
             )
-            return super().forward(spectrum.to(self.cls_token.dtype))  # type: ignore[return-value]
+        if self._needs_gradients(x):
+            return self._forward_plain(x)
         x = x.to(self._series_dtype())
         if torch.compiler.is_compiling() or traced.shapes_only(x):
             tokens = window_tokens(1, x.shape[-1], self.optimized_cwt, self.config)
             sizes = (tokens, self.config.embed_dim)
             return cast(Tensor, torch.ops.normwear.forward(x, self._handle, *sizes))
-        return self._forward_fast(x)
+        try:
+            return self._forward_fast(x)
+        except NotPlainError as error:
+            _say_plain_once(str(error))
+            return self._forward_plain(x)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        """The reference model, differentiable; float32, or float64 beside float64 weights."""
+        if self._frozen is not None:
+            raise UsageError("this model was frozen for encoding: it has no gradients")
+        spectrum = scalogram(
+            x.to(self._series_dtype()),
+            scalogram_method(self.optimized_cwt),
+            wavelet=self.config.wavelet,
+            num_scales=self.config.num_scales,
+        )
+        # Of torch's attention kernels only the plain one has a forward derivative.
+        with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+            out = cast(Tensor, super().forward(spectrum.to(self.cls_token.dtype)))
+        return out.to(self._series_dtype())
 
     def _needs_gradients(self, x: Tensor) -> bool:
+        if not torch.compiler.is_compiling() and transformed():
+            return True
         if not torch.is_grad_enabled():
             return False
         if x.requires_grad:
@@ -442,9 +492,7 @@ class FastNormWear(ReferenceNormWear):
 
     def _series_dtype(self) -> torch.dtype:
         # Half-precision parameters still take a float32 series: its second difference needs the bits.
-        if self._frozen is None and self.cls_token.dtype == torch.float64:
-            return torch.float64
-        return torch.float32
+        return torch.float64 if self._dtype() == torch.float64 else torch.float32
 
     def _forward_fast(self, x: Tensor) -> Tensor:
         batch, channels, samples = x.shape
@@ -474,8 +522,9 @@ class FastNormWear(ReferenceNormWear):
         """Upstream's call: windows to token embeddings.
 
         Args:
-            sample_data: (B, C, L) NumPy array or tensor, in the signal's own units.
-            sampling_rate: Hz, of all of them.
+            sample_data: (B, C, L) NumPy array or tensor, in the signal's own units. Or an mne.Epochs, or
+                an mne.io.Raw, which is cut into windows of 6 s.
+            sampling_rate: Hz, of all of them; mne's objects have their own.
             device: where the result should be; the model's device by default.
             resample: ``upstream`` resamples to 65 Hz only above 256 Hz, so that the same signal at 64
                 and at 250 Hz lands on different scales; ``always`` and ``never`` mean it.
@@ -486,6 +535,8 @@ class FastNormWear(ReferenceNormWear):
         Raises:
             InputError: another shape, a rate that is not positive, or NaN (window and channel named).
         """
+        if is_mne(sample_data):
+            sample_data, sampling_rate = equal_windows_of(sample_data)
         if isinstance(sample_data, Tensor):
             x = sample_data
         else:
@@ -498,7 +549,7 @@ class FastNormWear(ReferenceNormWear):
             raise InputError(f"sample_data is {x.dtype}; it must be real numbers")
         if not x.is_floating_point():
             x = x.float()
-        check_rate(sampling_rate)
+        sampling_rate = as_rate(sampling_rate, "sampling_rate")
         check_finite(x.detach())
         x = x.to(self.device, self._series_dtype())
         if resample not in ("upstream", "always", "never"):
@@ -771,6 +822,31 @@ class FastNormWear(ReferenceNormWear):
         if channels == "keep":
             return (count, *tokens, width)
         return (*tokens, width if channels == "mean" else count * width)
+
+
+@cache
+def _say_plain_once(reason: str) -> None:
+    warnings.warn(f"{reason}; the plain model runs instead, slower", RuntimeWarning, stacklevel=4)
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of the names and values of a state dict, as they lie in memory."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(memoryview(flat.numpy()))
+    return digest.hexdigest()
+
+
+def _renew_locks() -> None:
+    """A fork's child has no thread that would release what another held."""
+    for model in living_models():
+        model._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _torch_blas(device: torch.device) -> str:

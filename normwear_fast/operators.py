@@ -288,6 +288,11 @@ def register_model(model: Any) -> int:
     return handle
 
 
+def living_models() -> list[Any]:
+    """All that `register_model` knows."""
+    return list(_MODELS.values())
+
+
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 """No caller's graph may capture these: they read bounds on the host, or replay graphs of their own."""
 

@@ -13,11 +13,13 @@ Everything is NumPy in float64; no bit of a channel's result depends on the chan
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -52,11 +54,17 @@ def as_float_array(values: ArrayLike) -> NDArray[Any]:
 
     Returns:
         floats of up to 64 bits as they are, in this machine's byte order; all else as float64. What
-        a masked array masks is NaN.
+        a masked array masks is NaN. Of a tensor its values: bfloat16, which NumPy lacks, as float32.
 
     Raises:
         InputError: complex numbers, text, objects.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(values, torch.Tensor):
+        narrow = values.is_floating_point() and values.dtype.itemsize <= 2
+        values = (values.float() if narrow and values.dtype != torch.float16 else values).numpy(
+            force=True
+        )
     masked = isinstance(values, np.ma.MaskedArray)
     array: Any = np.ma.asarray(values) if masked else np.asarray(values)
     if array.dtype.kind not in "fiub":
@@ -135,15 +143,17 @@ def preprocess(
         samples: length of the result; ceil(target_rate * L / sampling_rate) by default.
 
     Returns:
-        (..., samples) float64. A channel that is constant or a straight line, which has nothing
-        left to divide by, is zero, with a `FlatChannelWarning` that says which.
+        (..., samples) float64. A channel that is constant, which leaves nothing to divide by, is zero,
+        with a `FlatChannelWarning` that says which. So is a straight line all of whose outputs lie
+        between samples that were kept; a held end bends it, and the bend is scaled like any signal.
 
     Raises:
         InputError: no samples, NaN or inf (the channel is named), values whose sums overflow
-            float64, an offset of more than a sample, or a rate that is not positive.
+            float64, an offset of more than a sample, or a rate that is no positive number.
 
     Source: Luo et al. 2026, data preprocessing; upstream commit 07517fc.
     """
+    sampling_rate, target_rate = _rates(sampling_rate, target_rate)
     x = _signal(x, sampling_rate, target_rate, offset)
     bad = np.asarray(~np.isfinite(x).all(axis=-1))
     if bad.any():
@@ -225,16 +235,17 @@ def resample_sinc(x: Signal, sampling_rate: float, target_rate: float = TARGET_R
         (..., ceil(m L / o)) of x's kind, device and floating dtype (integers become float64).
 
     Raises:
-        InputError: no samples, or a rate that is not positive.
+        InputError: no samples, or a rate that is no positive number.
 
     Source: torchaudio.functional.resample's defaults, which upstream calls.
     """
     import torch
 
+    sampling_rate, target_rate = _rates(sampling_rate, target_rate)
     if not isinstance(x, torch.Tensor):
         series = torch.tensor(as_float_array(x), device="cpu")
         return resample_sinc(series, sampling_rate, target_rate).numpy()
-    _check(x.shape, sampling_rate, target_rate)
+    _check_samples(x.shape)
     if not x.is_floating_point():
         x = x.double()
     dtype = x.dtype
@@ -272,6 +283,7 @@ def resample_sinc(x: Signal, sampling_rate: float, target_rate: float = TARGET_R
 
 def sinc_samples(samples: int, sampling_rate: float, target_rate: float = TARGET_RATE) -> int:
     """How many samples `resample_sinc` makes of ``samples``."""
+    sampling_rate, target_rate = _rates(sampling_rate, target_rate)
     return math.ceil(samples * _rational(target_rate) / _rational(sampling_rate))
 
 
@@ -351,8 +363,9 @@ def resample_window(
         x[..., 0], that is at k / target_rate after the window's start.
 
     Raises:
-        InputError: no samples, a rate that is not positive, or an offset of a sample or more.
+        InputError: no samples, a rate that is no positive number, or an offset of a sample or more.
     """
+    sampling_rate, target_rate = _rates(sampling_rate, target_rate)
     x = _signal(x, sampling_rate, target_rate, offset)
     if samples < 1:
         raise InputError(f"a window of {samples} samples; at least 1 is needed")
@@ -614,7 +627,8 @@ def _groups(channels: Channels) -> dict[tuple[float, float, int], list[int]]:
             raise InputError(
                 f"channel {index} has shape {np.shape(raw)}; it must be one series (L,)"
             )
-        groups.setdefault((sampling_rate, offset, len(raw)), []).append(index)
+        rate = as_rate(sampling_rate)
+        groups.setdefault((rate, offset, len(raw)), []).append(index)
     return groups
 
 
@@ -708,7 +722,7 @@ def _rational(rate: float) -> Fraction:
 
 def _signal(x: ArrayLike, sampling_rate: float, target_rate: float, offset: float) -> Floats:
     x = as_float_array(x).astype(np.float64, copy=False)
-    _check(x.shape, sampling_rate, target_rate)
+    _check_samples(x.shape)
     if not abs(offset) * sampling_rate <= 1:
         raise InputError(
             f"the first sample is {offset:g} s off the window's start; at {sampling_rate:g} Hz "
@@ -717,10 +731,24 @@ def _signal(x: ArrayLike, sampling_rate: float, target_rate: float, offset: floa
     return x
 
 
-def _check(shape: Sequence[int], sampling_rate: float, target_rate: float) -> None:
-    for name, rate in (("sampling rate", sampling_rate), ("target rate", target_rate)):
-        if not 0 < rate < math.inf:
-            raise InputError(f"{name} is {rate}; it must be a positive number of Hz")
+def as_rate(rate: Any, name: str = "sampling rate") -> float:
+    """A rate in Hz as a float: Python's numbers, NumPy's, and tensors and arrays of no dimension.
+
+    Raises:
+        InputError: what is no positive, finite real number.
+    """
+    value: Any = rate.item() if getattr(rate, "ndim", None) == 0 else rate
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if real and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise InputError(f"{name} is {value!r}; it must be a positive number of Hz")
+
+
+def _rates(sampling_rate: Any, target_rate: Any) -> tuple[float, float]:
+    return as_rate(sampling_rate), as_rate(target_rate, "target rate")
+
+
+def _check_samples(shape: Sequence[int]) -> None:
     if len(shape) == 0 or shape[-1] == 0:
         raise InputError(f"a signal of shape {tuple(shape)} has no samples; at least 1 is needed")
 

@@ -7,6 +7,8 @@ Source: Luo et al. 2026 (arXiv 2412.09758); constants pinned by the reference nu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +125,16 @@ class SpatialReconstruction(nn.Module):
         return self.conv2(F.gelu(self.conv1(self.norm(x))))
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class ReferenceNormWear(nn.Module):
     """The published model with the released state-dict names.
 
@@ -141,7 +153,8 @@ class ReferenceNormWear(nn.Module):
         self.config = config = config or NormWearConfig()
         self.has_decoder = decoder
         width, inner = config.embed_dim, config.decoder_embed_dim
-        with torch.device("meta"):  # one initialisation, below, instead of two
+        # One initialisation, below, instead of two; and float32, whatever the process makes by default.
+        with _float32_by_default(), torch.device("meta"):
             self.patch_embed = PatchEmbed(config)
             self.cls_token = nn.Parameter(torch.empty(1, 1, width))
             self.pos_embed = nn.Parameter(torch.empty(1, config.grid_tokens, width), False)

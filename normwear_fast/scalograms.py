@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,9 +69,16 @@ def scalogram(
         series = series.double()
     bank = bank.to(series)
     rows = scalogram_rows(samples, method)
-    y = F.conv1d(series.reshape(-1, 1, samples), bank.unsqueeze(1), padding=width // 2)
+    with _exact(x.device.type):
+        y = F.conv1d(series.reshape(-1, 1, samples), bank.unsqueeze(1), padding=width // 2)
     y = y[..., :rows].transpose(1, 2).reshape(batch, channels, 3, rows, num_scales)
     return y.to(x.dtype) if method == "conv" else y
+
+
+def _exact(kind: str) -> AbstractContextManager[Any]:
+    """Without autocast, whose 8 bits would leave nothing of a second difference."""
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 
 def _bank(samples: int, method: str, wavelet: str, num_scales: int) -> Tensor:

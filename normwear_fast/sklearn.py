@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ except ImportError as error:
     ) from error
 
 from normwear_fast.config import SAMPLING_RATE, NormWearConfig
-from normwear_fast.errors import InputError
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.mne import is_mne
 from normwear_fast.model import FastNormWear
 
 
@@ -26,7 +28,8 @@ class NormWearTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
 
     Args:
         weights: as `FastNormWear.from_pretrained` takes it: hub id, folder, `.safetensors` or `.pth`;
-            or a FastNormWear, which clones share; None for random, seeded weights, for trials.
+            or a FastNormWear, which clones share and which decides what the arguments from
+            `optimized_cwt` to `device` would; None for random, seeded weights, for trials.
         sampling_rate: Hz of X.
         pool: over a channel's tokens: ``mean``, or its ``cls``.
         channels: ``concat`` them, or ``mean`` over them.
@@ -67,7 +70,12 @@ class NormWearTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
 
     def __sklearn_clone__(self) -> NormWearTransformer:
         # The parameters are immutable but for a model, whose copy in every fold would fill memory.
-        return type(self)(**self.get_params(deep=False))
+        twin = type(self)(**self.get_params(deep=False))
+        # What scikit-learn's own clone carries over: requests for metadata, and `set_output`.
+        for name in ("_metadata_request", "_sklearn_output_config"):
+            if hasattr(self, name):
+                setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        return twin
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -76,7 +84,12 @@ class NormWearTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         return tags
 
     def fit(self, X: ArrayLike, y: Any = None) -> NormWearTransformer:
-        """Loads the weights; X (n, L) is one channel, X (n, C, L) several; y is not used."""
+        """Loads the weights; X (n, L) is one channel, X (n, C, L) several; y is not used.
+
+        Raises:
+            InputError: X of another form, or an unknown pooling.
+            UsageError: an argument that contradicts the model given as `weights`.
+        """
         if self.pool not in ("mean", "cls"):
             raise InputError(f"pool is {self.pool!r}; it must be 'mean' or 'cls'")
         if self.channels not in ("concat", "mean"):
@@ -84,6 +97,7 @@ class NormWearTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
         windows = self._windows(X, reset=True)
         self.window_shape_ = windows.shape[1:]
         if isinstance(self.weights, FastNormWear):
+            self._check_agrees(self.weights)
             self.model_ = self.weights
         elif self.weights is None:
             optimized = True if self.optimized_cwt is None else self.optimized_cwt
@@ -122,8 +136,30 @@ class NormWearTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             )
         return self._encode(windows)
 
+    def _check_agrees(self, model: FastNormWear) -> None:
+        """A UsageError unless each argument is at its default or what the model has anyway."""
+        place = model.device.type
+        places = (place, f"{place}:{model.device.index or 0}", model.device)
+        if self.config is not None and self.config != model.config:
+            raise UsageError("config is not that of the model given as weights; leave config out")
+        for name, given, default, has in (
+            ("optimized_cwt", self.optimized_cwt, None, (model.optimized_cwt,)),
+            ("precision", self.precision, "auto", (model.precision, model.resolved_precision)),
+            ("device", self.device, "cpu", places),
+        ):
+            if given != default and given not in has:
+                raise UsageError(
+                    f"{name} is {given!r}, but the model given as weights has {has[0]!r}; leave {name} "
+                    "out, or give the weights' file or folder"
+                )
+
     def _windows(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
         """X as (n, C, L)."""
+        if is_mne(X):
+            raise InputError(
+                "X is an mne object; give its values, X.get_data(), and its sampling_rate, "
+                "X.info['sfreq']"
+            )
         dtypes = [np.float64, np.float32]
         if getattr(X, "ndim", None) != 3 and not _nested(X, 3):
             return validate_data(self, X, reset=reset, dtype=dtypes)[:, None]

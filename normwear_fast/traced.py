@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from normwear_fast.config import NormWearConfig
 from normwear_fast.engine import tokens_in_float64
 from normwear_fast.errors import UsageError
-from normwear_fast.folding import FoldedBlock, FoldedEncoder, fold
+from normwear_fast.folding import FoldedBlock, FoldedEncoder, check_plain, fold
 from normwear_fast.packing import scalogram_method, sequence_tokens
 from normwear_fast.reference import ReferenceNormWear
 from normwear_fast.wavelets import ScalogramMethod
@@ -60,7 +60,7 @@ def _folded(model: FastNormWear, dtype: torch.dtype) -> FoldedEncoder:
     """The model's weights, folded; its parameters are fake tensors while it is traced."""
     if model._frozen is not None:
         return model._frozen[0]
-    model._check_foldable()
+    check_plain(model)
     twin = ReferenceNormWear(model.config, decoder=False, seed=None)
     real = _real_parameters(model)
     # Clones: what folding leaves as it is would follow the model's later changes.

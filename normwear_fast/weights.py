@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwear_fast.config import NormWearConfig
+from normwear_fast.config import NormWearConfig, check_config
 from normwear_fast.errors import (
     OutputError,
     UsageError,
@@ -61,8 +61,9 @@ CONFIG_FILE = "config.json"
 FUSION_PREFIX = "msitf_aggregator."
 """Of the zero-shot fusion module's names, beside the encoder's."""
 
-WRAPPERS = ("module.", "backbone.")
-"""Prefixes that training wrappers put before the released names, in any order and number."""
+WRAPPERS = ("module.", "backbone.", "_orig_mod.")
+"""Prefixes that training wrappers and torch.compile put before the released names, in any order and
+number."""
 
 CONTAINERS = ("model", "state_dict")
 """Keys under which a training checkpoint keeps its state dict."""
@@ -151,8 +152,9 @@ def load_checkpoint(
     Raises:
         WeightsError: unreadable, not cached while offline, holding code, of another size (every
             name listed), not floating point or not finite.
-        UsageError: a ``revision`` for something on disk.
+        UsageError: a ``revision`` for something on disk, or a config that is no NormWearConfig.
     """
+    check_config(config)
     weights, label = _locate(str(source), revision)
     state_dict = read_state_dict(weights)
     sha256 = _sha256(weights)
@@ -370,8 +372,9 @@ def save_pretrained(
 
     Args:
         folder: made if needed.
-        state_dict: released names, and ``msitf_aggregator.*`` if there are any; values come back
-            bit for bit (float16 and bfloat16 as the equal float32).
+        state_dict: released names, and ``msitf_aggregator.*`` if there are any; `load_checkpoint`
+            gives values back bit for bit (float16 and bfloat16 as the equal float32). A FastNormWear
+            made of them has float32 parameters: it rounds float64.
         config: the sizes the weights are for.
         optimized_cwt: which scalogram the weights are for; None if nobody knows.
         metadata: text to keep in config.json: where the weights come from, say.
@@ -380,6 +383,7 @@ def save_pretrained(
         WeightsError: the state dict is not one of these sizes.
         OutputError: the folder cannot be written.
     """
+    check_config(config)
     check_names(state_dict, config)
     folder = Path(folder)
     values = {

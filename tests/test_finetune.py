@@ -364,6 +364,101 @@ def test_the_same_seed_gives_the_same_bits_and_new_people_are_told_apart(
     )
 
 
+def test_every_fit_begins_with_the_weights_given_and_owns_its_own() -> None:
+    """Folds of a cross-validation: one trainer, fitted again and again."""
+    windows, labels, _, _ = pulses()
+    settings = FineTuneSettings(mode="full", epochs=2, batch_size=6, learning_rate=1e-3)
+    other = LabelledWindows.from_arrays(
+        [-window for window in windows], labels[1:] + labels[:1], RATE
+    )
+    tuner = FineTuner(encoder(), settings, device="cpu", precision="float32")
+    first = tuner.fit(labelled())
+    before = first.predict(windows, RATE).values
+    weights = {name: value.clone() for name, value in first.encoder.state_dict().items()}
+    second = tuner.fit(other)
+    assert first.encoder is not second.encoder
+    for name, value in first.encoder.state_dict().items():
+        assert torch.equal(value, weights[name])
+    np.testing.assert_array_equal(first.predict(windows, RATE).values, before)
+    fresh = FineTuner(encoder(), settings, device="cpu", precision="float32").fit(other)
+    for name, value in second.encoder.state_dict().items():
+        assert torch.equal(value, fresh.encoder.state_dict()[name])
+    assert second.description == fresh.description  # nor is anything noted twice
+    assert other.notes == []
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_dtype_train_in_float32(
+    mode: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    settings = FineTuneSettings(mode=mode, epochs=1, batch_size=8)
+    tuner = FineTuner(encoder().to(dtype), settings, device="cpu", precision="float32")
+    found = tuner.fit(labelled())
+    assert found.encoder.cls_token.dtype == (dtype if mode == "head" else torch.float32)
+    found.save_pretrained(tmp_path / "model")
+    windows = pulses()[0]
+    again = Predictor.from_pretrained(tmp_path / "model", precision="float32")
+    np.testing.assert_allclose(
+        again.predict(windows, RATE).values, found.predict(windows, RATE).values, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_frozen_model_trains_a_head_alone(mode: Any) -> None:
+    frozen = encoder().freeze()
+    with pytest.raises(UsageError, match=f"frozen for encoding; mode '{mode}' trains its weights"):
+        FineTuner(frozen, FineTuneSettings(mode=mode), device="cpu")
+    found = FineTuner(frozen, FineTuneSettings(epochs=2), device="cpu").fit(labelled())
+    assert np.isfinite(found.predict(pulses()[0], RATE).values).all()
+
+
+@pytest.mark.parametrize("mode", ["head", "full", "lora"])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_fit_trains_where_gradients_are_off(mode: Any, without: Any) -> None:
+    settings = FineTuneSettings(mode=mode, epochs=1, batch_size=8)
+    wanted = FineTuner(encoder(), settings, device="cpu", precision="float32").fit(labelled())
+    with without():
+        tuner = FineTuner(encoder(), settings, device="cpu", precision="float32")
+        found = tuner.fit(labelled())
+    for name, value in found.encoder.state_dict().items():
+        assert torch.equal(value, wanted.encoder.state_dict()[name])
+        assert not value.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (torch.arange(24) % 2, "class"),
+        (torch.arange(24) % 2 == 0, "class"),
+        (torch.linspace(0, 1, 24, requires_grad=True), "reg"),
+        (torch.rand(24, 3, generator=torch.Generator().manual_seed(0)).bfloat16(), "reg"),
+    ],
+)
+def test_labels_may_be_a_tensor(labels: torch.Tensor, kind: str) -> None:
+    windows, _, _, who = pulses()
+    found = LabelledWindows.from_arrays(windows, labels, RATE, subjects=who)
+    wanted = LabelledWindows.from_arrays(windows, labels.tolist(), RATE, subjects=who)
+    assert found.task == wanted.task
+    assert found.task.kind == kind
+    np.testing.assert_array_equal(found.labels, wanted.labels)
+    with pytest.raises(InputError, match="one a window"):
+        LabelledWindows.from_arrays(windows, torch.tensor(1), RATE)
+
+
+def test_epochs_of_mne_have_their_own_rate() -> None:
+    mne = pytest.importorskip("mne")
+    windows, labels, _, who = pulses()
+    info = mne.create_info(2, RATE, "eeg")
+    epochs = mne.EpochsArray(np.stack(windows), info, verbose="ERROR")
+    data = LabelledWindows.from_arrays(epochs, labels, subjects=who)
+    wanted = labelled()
+    assert data.preparation == wanted.preparation
+    np.testing.assert_array_equal(data.windows[3], wanted.windows[3])
+    found = FineTuner(encoder(), FineTuneSettings(epochs=2), device="cpu").fit(data)
+    np.testing.assert_array_equal(found.predict(epochs).values, found.predict(windows, RATE).values)
+
+
 def test_targets_are_learned_in_their_own_unit(tmp_path: Path) -> None:
     windows, _, rates, who = pulses(10, 4)
     beats = [[60 * rate, 1000 / rate] for rate in rates]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import signal
+import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ import pytest
 import torch
 from helpers import ENCODER_GOLDENS, golden, golden_config, golden_weights, recipe_state_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 
 from normwear_fast import FastNormWear, NormWearConfig, backends, engine, scalogram, transfer
 from normwear_fast import model as model_module
@@ -802,3 +806,279 @@ def test_no_windows_have_the_shape_of_some(
     assert model.encode(empty, 130, pool=pool, channels=channels).shape == shape
     listed = model.encode([], pool=pool, channels=channels, convert_to_numpy=False)
     assert (listed.ndim, len(listed)) == (len(shape), 0)
+
+
+# --- what the fast path must notice, or leave to the plain model ------------------------------------
+
+
+X = np.random.default_rng(3).standard_normal((2, 2, 130)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimisers_step_is_noticed(kind: type[torch.optim.Optimizer]) -> None:
+    """On a CPU it bumps no version."""
+    model = tiny()
+    optimiser = kind(model.parameters(), lr=1e-2, fused=True)  # type: ignore[call-arg]
+    before = model.encode(X)
+    model(torch.from_numpy(X))[:, :, 0].square().mean().backward()
+    optimiser.step()
+    expected = copy.deepcopy(model).encode(X)
+    assert np.abs(expected - before).max() > 1e-3
+    assert np.array_equal(model.encode(X), expected)
+
+
+def test_other_models_optimisers_change_nothing() -> None:
+    model, head = tiny(), torch.nn.Linear(2, 1)
+    model.encode(X)
+    engine = model._engine()
+    optimiser = torch.optim.AdamW(head.parameters(), fused=True)
+    head(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    assert model._engine() is engine
+
+
+class Adapter(torch.nn.Linear):
+    """LoRA as it is written by hand: children in a subclass of Linear."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+def adapt(model: FastNormWear, what: str) -> None:
+    layer = model.encoder_blocks[1].variate_encoder
+    if what == "adapter":
+        layer.attn.qkv = Adapter(layer.attn.qkv)
+    elif what == "subclass":
+        layer.mlp.__class__ = type("Other", (type(layer.mlp),), {"forward": lambda self, x: -x})
+    elif what == "forward":
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda x: 2 * plain(x)
+    elif what == "hook":
+        model.patch_embed.proj.register_forward_hook(lambda module, args, out: 2 * out)
+    elif what == "eps":
+        layer.norm1.eps = 1e-1
+    elif what == "heads":
+        layer.attn.num_heads = 1
+    elif what == "prune":
+        prune.random_unstructured(model.patch_embed.proj, "weight", 0.5)
+    else:
+        layer.mlp.fc1.bias = None
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "what", ["adapter", "subclass", "forward", "hook", "eps", "heads", "prune", "bias"]
+)
+def test_layers_that_compute_something_else_run_in_the_plain_model(what: str, after: bool) -> None:
+    """The published drop-in computes them; folded weights would leave them out without a word."""
+    model, x = tiny(), torch.from_numpy(X)
+    if after and what not in ("subclass", "eps", "heads"):  # a changed attribute is not looked for
+        model.encode(X)
+    adapt(model, what)
+    expected = model(x).detach()
+    model_module._say_plain_once.cache_clear()
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="; the plain model runs instead"):
+        assert torch.equal(model(x), expected)
+    with pytest.raises(UsageError, match=r"hooks|not a plain layer|has eps|heads|no bias"):
+        model.encode(X)
+
+
+def test_a_parametrized_weight_is_read(model: FastNormWear) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    twin = copy.deepcopy(model)
+    layer = twin.encoder_blocks[0].variate_encoder.mlp.fc1
+    parametrize.register_parametrization(layer, "weight", Twice())
+    x = torch.from_numpy(X)
+    assert (twin.encode(X, pool="patch") - twin(x).detach().numpy()).max() < 2e-5
+    assert np.abs(twin.encode(X) - model.encode(X)).max() > 1e-3
+
+
+def test_the_scalogram_may_be_changed() -> None:
+    model = tiny()
+    first = model.encode(X)
+    model.optimized_cwt = False
+    assert np.array_equal(model.encode(X), tiny(optimized_cwt=False).encode(X))
+    assert model.provenance()["scalogram"] == "scipy"
+    model.optimized_cwt = True
+    assert np.array_equal(model.encode(X), first)
+
+
+def test_copies_of_a_compiled_model_are_their_own() -> None:
+    model, x = tiny(), torch.from_numpy(X)
+    model.compile()
+    pickle.loads(pickle.dumps(model))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.cls_token.add_(torch.arange(32.0))
+        assert (twin(x) - tiny()(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [1e20, -1e30, 9.97e36, 1e300])
+def test_fill_values_are_no_samples(model: FastNormWear, value: float) -> None:
+    """Their variances overflow float32, and the kernels gave finite numbers that meant nothing."""
+    x = X.astype(np.float64)
+    x[1, 0, 40] = value
+    with pytest.raises(InputError, match=r"window 1 holds values beyond .* make fill values NaN"):
+        model.encode(x)
+    with pytest.raises(InputError, match="window 1, channel 0 holds values beyond"):
+        model.get_embedding(x)
+
+
+def test_autocast_spares_the_scalogram() -> None:
+    x = torch.from_numpy(X)
+    expected = scalogram(x, "conv")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scalogram(x, "conv"), expected)
+
+
+def test_half_weights_give_float32() -> None:
+    model = tiny().half()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert model(torch.from_numpy(X)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_weights_are_float32_whatever_the_default_is(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    expected = tiny()
+    torch.set_default_dtype(default)
+    try:
+        model = tiny()
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+        assert value.dtype == expected.state_dict()[name].dtype
+
+
+def test_the_processs_precision_is_not_the_plain_backends() -> None:
+    model = tiny(backend="torch").requires_grad_(False)
+    expected = model.encode(X)
+    library = torch.backends.mkldnn
+    before = torch.get_float32_matmul_precision(), library.conv.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        library.conv.fp32_precision = "bf16"
+        assert np.array_equal(model.encode(X), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert library.conv.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        library.conv.fp32_precision = before[1]
+
+
+def test_provenance_tells_weights_apart(tmp_path) -> None:
+    model = FastNormWear(config=TINY)
+    assert model.provenance()["weights"] == {"source": "random", "seed": 0}
+    with torch.no_grad():
+        model.cls_token.add_(1)
+    first = model.provenance()["weights"]
+    assert first["source"] == "changed after loading"
+    assert first["began_as"] == "random"
+    assert "changed after loading" in repr(model)
+    assert model.provenance()["weights"] == first
+    assert copy.deepcopy(model).provenance()["weights"] == first
+    assert pickle.loads(pickle.dumps(model)).double().float().provenance()["weights"] == first
+    assert copy.deepcopy(model).half().float().provenance()["weights"]["sha256"] != first["sha256"]
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    assert model.provenance()["weights"]["sha256"] != first["sha256"]
+    loaded = [tiny().provenance()["weights"], tiny().provenance()["weights"]]
+    assert loaded[0] == loaded[1]
+    assert loaded[0]["source"] == "load_state_dict"
+    assert len(loaded[0]["sha256"]) == 64
+    model.save_pretrained(tmp_path)
+    again = FastNormWear.from_pretrained(tmp_path)
+    record = again.provenance()["weights"]
+    assert record == copy.deepcopy(again).double().provenance()["weights"]  # moves change no weight
+    assert record == again.freeze().provenance()["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimized_cwt": "weights.pth"}, "optimized_cwt is 'weights.pth'"),
+        ({"weight_path": None}, "weight_path is None"),
+        ({"config": {"depth": 2}}, "config is a dict"),
+    ],
+)
+def test_arguments_in_the_wrong_place(arguments, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        FastNormWear(**arguments)
+
+
+def test_a_frozen_model_says_what_it_lacks() -> None:
+    model = tiny().freeze()
+    assert model.freeze() is model
+    with pytest.raises(UsageError, match="frozen for encoding: it has no gradients"):
+        model(torch.from_numpy(X).requires_grad_())
+    wide = tiny().double()
+    expected = wide.encode(X)
+    assert np.array_equal(wide.freeze().encode(X), expected)
+
+
+def test_torch_func() -> None:
+    model, x = tiny(), torch.from_numpy(X)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(model, weights, (x,)).square().mean()
+
+    found = torch.func.grad(loss)(weights, x)
+    model(x).square().mean().backward()
+    torch.testing.assert_close(found["norm.weight"], model.norm.weight.grad, rtol=1e-4, atol=1e-6)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x[:, None])
+    assert each["norm.weight"].shape == (2, 32)
+    model.requires_grad_(False)
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert tangent.abs().max() > 0
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        out = torch.autograd.forward_ad.unpack_dual(model(dual))
+    torch.testing.assert_close(out.tangent, tangent)
+
+
+def test_inference_tensors_as_weights() -> None:
+    model = tiny()
+    expected = model.encode(X)
+    with torch.inference_mode():
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+    assert np.array_equal(model.encode(X), expected)
+
+
+def test_tracing_is_refused(model: FastNormWear) -> None:
+    with pytest.raises(UsageError, match=r"torch\.jit\.trace cannot follow"):
+        torch.jit.trace(model.requires_grad_(False), torch.from_numpy(X), check_trace=False)
+    model.requires_grad_()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_encodes_leaves_the_child_free() -> None:
+    model = tiny(backend="torch").requires_grad_(False)
+    model._lock.acquire()  # as that thread would have it
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if threading.Thread(target=model._engine).start() is None else 1)
+    finally:
+        model._lock.release()
+    # The lock of the child is free for any of its threads.
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_rates_of_other_types(model: FastNormWear) -> None:
+    expected = model.get_embedding(np.tile(X, 4), 520.0)
+    for rate in (np.float32(520), torch.tensor(520.0), np.int64(520)):
+        assert torch.equal(model.get_embedding(np.tile(X, 4), rate), expected)

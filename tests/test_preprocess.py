@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,84 @@ def test_flat_channels_become_zero_and_are_named(x: np.ndarray) -> None:
     assert not y[1].any()
     np.testing.assert_array_equal(y[0], preprocess(good, 100))
     np.testing.assert_array_equal(y[2], y[0])
+
+
+def test_a_line_is_flat_unless_an_end_is_held() -> None:
+    line = np.arange(50.0)
+    with pytest.warns(FlatChannelWarning):
+        assert not preprocess(line, 65).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bent = preprocess(
+            line, 128
+        )  # the last output is at sample 25 * 128 / 65 = 49.2, held at 49
+    assert np.abs(bent).mean() == pytest.approx(1)
+
+
+OF_500_HZ = [
+    np.float32(500),
+    np.int16(500),
+    np.array(500.0),
+    torch.tensor(500),
+    torch.tensor(500.0),
+]
+
+
+@pytest.mark.parametrize("rate", [*OF_500_HZ, Fraction(500), np.float16(500)])
+def test_a_rate_is_any_real_number(rate: Any) -> None:
+    x = noise(5, 2, 400)
+    for call in (preprocess, resample_sinc):
+        np.testing.assert_array_equal(call(x, rate), call(x, 500))
+        np.testing.assert_array_equal(call(x, 250, rate), call(x, 250, 500))
+    np.testing.assert_array_equal(resample_window(x, rate, 52), resample_window(x, 500, 52))
+    assert sinc_samples(400, rate) == sinc_samples(400, 500)
+    for choice in ("none", "reference"):
+        found, wanted = (
+            prepare_window([(x[0], r, 0.0)], 52, preprocess=choice).data for r in (rate, 500.0)
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        "500",
+        None,
+        True,
+        [500],
+        np.array([500.0]),
+        0,
+        -1,
+        math.nan,
+        math.inf,
+        5 + 1j,
+        pytest.param(10**400, id="huge"),
+    ],
+)
+def test_what_is_no_rate_is_one_line(rate: Any) -> None:
+    x = noise(5, 2, 400)
+    calls = (
+        lambda: preprocess(x, rate),
+        lambda: resample_sinc(x, rate),
+        lambda: resample_window(x, rate, 52),
+        lambda: prepare_window([(x[0], rate, 0.0)], 52),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"sampling rate is .* it must be a positive number"):
+            call()
+    with pytest.raises(InputError, match="target rate is"):
+        preprocess(x, 500, rate)
+
+
+def test_tensors_are_taken_as_encode_takes_them() -> None:
+    x = torch.from_numpy(noise(5, 2, 400))
+    wanted = preprocess(x.numpy(), 500)
+    np.testing.assert_array_equal(preprocess(x.clone().requires_grad_(), 500), wanted)
+    for narrow in (x.bfloat16(), x.half()):
+        wanted = preprocess(narrow.double().numpy(), 500)
+        np.testing.assert_array_equal(preprocess(narrow, 500), wanted)
+    with pytest.raises(InputError, match="real numbers"):
+        preprocess(x + 1j, 500)
 
 
 def test_a_small_signal_on_a_large_offset_is_not_flat() -> None:

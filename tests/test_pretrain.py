@@ -121,6 +121,31 @@ def test_patches_from_the_series(scheme):
     assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_masks_do_not_follow_the_default_dtype(scheme):
+    torch.manual_seed(0)
+    wanted = draw_noise(TINY, scheme, 4)
+    model = MaskedAutoencoder(TINY)
+    series = torch.randn(1, 4, 388)
+    pixels = scalogram(series, "conv")[:, :, :, :387]
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        found = draw_noise(TINY, scheme, 4)
+        loss, _, mask = model(pixels, series, mask=scheme)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pairs = zip(found, wanted, strict=True) if scheme == "structured" else [(found, wanted)]
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert mask.dtype == torch.float32
+    assert loss.isfinite()
+
+
+def test_config_of_another_kind():
+    with pytest.raises(UsageError, match="config is a dict; it must be a NormWearConfig"):
+        MaskedAutoencoder(TINY.to_dict())
+
+
 # -- variants --------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,12 @@ def test_encoder_only():
         ({"depth": 0}, "depth"),
         ({"num_scales": 64}, "num_scales"),
         ({"fusion_every": -1}, "fusion_every"),
+        ({"patch_size": (9,)}, "patch_size is .9,.; it must be two ints"),
+        ({"patch_size": (9, 5, 1)}, "patch_size"),
+        ({"patch_size": 9}, "patch_size is 9; it must be two ints"),
+        ({"patch_size": "ab"}, "patch_size"),
+        ({"patch_size": None}, "patch_size"),
+        ({"patch_size": (9, 5.0)}, "patch_size"),
     ],
 )
 def test_impossible_configuration(values, message):

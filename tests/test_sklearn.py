@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from normwear_fast import FastNormWear, NormWearConfig
-from normwear_fast.errors import InputError
+from normwear_fast.errors import InputError, UsageError
 
 pytest.importorskip("sklearn")
 
@@ -163,6 +163,44 @@ def test_clones_share_a_model_and_fitted_ones_pickle(model: FastNormWear) -> Non
     np.testing.assert_array_equal(out, again)
 
 
+def test_clones_keep_the_output_and_the_requests(model: FastNormWear) -> None:
+    pandas = pytest.importorskip("pandas")
+    transformer = NormWearTransformer(model).set_output(transform="pandas")
+    transformer._metadata_request = {"fit": "asked for"}
+    twin = clone(transformer)
+    assert isinstance(twin.fit_transform(signals(2, 130)), pandas.DataFrame)
+    assert twin._metadata_request == transformer._metadata_request
+    twin.set_output(transform="default")
+    assert isinstance(transformer.fit_transform(signals(2, 130)), pandas.DataFrame)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "nonsense"},
+        {"precision": "bfloat16"},
+        {"optimized_cwt": False},
+        {"config": NormWearConfig.base()},
+        {"device": "cuda"},
+    ],
+)
+def test_arguments_that_contradict_the_model_are_refused(
+    model: FastNormWear, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} is .* the model given as weights"):
+        NormWearTransformer(model, **options).fit(signals(2, 130))
+
+
+def test_arguments_that_agree_with_the_model_are_not(model: FastNormWear) -> None:
+    X = signals(2, 130)
+    agreeing = NormWearTransformer(
+        model, optimized_cwt=True, config=TINY, precision="float32", device="cpu"
+    )
+    np.testing.assert_array_equal(
+        agreeing.fit_transform(X), NormWearTransformer(model).fit_transform(X)
+    )
+
+
 def test_weights_from_a_folder(model: FastNormWear, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     X = signals(2, 130)
@@ -222,6 +260,42 @@ def test_encode_takes_epochs(model: FastNormWear, mne: Any) -> None:
         model.encode(epochs, pool="cls", channels="mean"),
         model.encode(data, 100.0, pool="cls", channels="mean"),
     )
+
+
+def test_a_list_of_mne_objects_is_refused(model: FastNormWear, mne: Any) -> None:
+    raws = [
+        mne.io.RawArray(signals(1, length), mne.create_info(1, 65.0, "eeg"), verbose="ERROR")
+        for length in (800, 900)
+    ]
+    for objects in (raws, tuple(raws), [signals(1, 400), raws[0]]):
+        with pytest.raises(InputError, match=r"one at a time.*mne\.concatenate_raws"):
+            model.encode(objects)
+
+
+def test_equal_windows_of_epochs_and_raw(mne: Any) -> None:
+    from normwear_fast.mne import equal_windows_of, with_own_rate
+
+    data = signals(4, 2, 200) * 1e-5
+    epochs = mne.EpochsArray(data, mne.create_info(2, 100.0, "eeg"), verbose="ERROR")
+    windows, rate = equal_windows_of(epochs)
+    np.testing.assert_array_equal(windows, data)
+    assert rate == 100.0
+    series = signals(2, 1160)
+    raw = mne.io.RawArray(series, mne.create_info(2, 65.0, "eeg"), verbose="ERROR")
+    expected = np.stack([series[:, :390], series[:, 390:780]])
+    np.testing.assert_array_equal(equal_windows_of(raw)[0], expected)
+    odd = mne.io.RawArray(series, mne.create_info(2, 64.1, "eeg"), verbose="ERROR")
+    with pytest.raises(InputError, match=r"have 384 or 385 samples; use encode"):
+        equal_windows_of(odd)
+    assert with_own_rate(series, 30) == (series, 30)
+    assert with_own_rate(epochs, 30)[1] == 100.0
+
+
+def test_a_transformer_takes_no_mne_object(model: FastNormWear, mne: Any) -> None:
+    info = mne.create_info(2, 100.0, "eeg")
+    epochs = mne.EpochsArray(signals(4, 2, 200), info, verbose="ERROR")
+    with pytest.raises(InputError, match="X is an mne object; give its values"):
+        NormWearTransformer(model).fit(epochs)
 
 
 def test_a_raw_with_stretches_not_recorded(model: FastNormWear, mne: Any) -> None:

@@ -12,6 +12,7 @@ import resource
 import stat
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from payload import Payload
 from safetensors import safe_open
 from torch import Tensor
 
-from normwear_fast import weights
+from normwear_fast import FastNormWear, weights
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import OutputError, UsageError, WeightsError
 from normwear_fast.reference import ReferenceNormWear
@@ -229,7 +230,10 @@ def test_other_kinds_of_tensor_are_refused(state: StateDict, odd: Tensor, called
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 @pytest.mark.parametrize("container", [None, "model", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "backbone.", "module.backbone.module.", "_orig_mod.", "module._orig_mod."],
+)
 def test_pickled_forms(
     tmp_path: Path, state: StateDict, suffix: str, container: str | None, prefix: str
 ) -> None:
@@ -595,6 +599,27 @@ def test_float64_keeps_its_bits(tmp_path: Path, encoder: StateDict) -> None:
     double = {name: value.double() / 3 for name, value in encoder.items()}
     save_pretrained(tmp_path, double, TINY)
     assert_same(load_checkpoint(tmp_path).state_dict, double)
+
+
+def test_a_model_of_float64_weights_has_them_rounded(tmp_path: Path) -> None:
+    model = FastNormWear(True, config=TINY).double()
+    with torch.no_grad():
+        model.cls_token.div_(3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_checkpoint(tmp_path).state_dict["cls_token"], model.cls_token)
+    again = FastNormWear.from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        kept = model.state_dict()[name]
+        assert torch.equal(value, kept.float() if kept.is_floating_point() else kept)
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path: Path, state: StateDict) -> None:
+    path = saved(tmp_path / "w.pth", state)
+    for wrong in ({"embed_dim": 128}, "small", NormWearConfig):
+        said = refusal(partial(load_checkpoint, path, config=wrong), UsageError)
+        assert "it must be a NormWearConfig" in said
+    save = partial(save_pretrained, tmp_path / "out", state)
+    assert "config is a dict" in refusal(lambda: save(TINY.to_dict()), UsageError)
 
 
 def test_same_weights_same_file(tmp_path: Path, state: StateDict) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +187,48 @@ def test_factor_follows_the_weights() -> None:
     assert (after - before).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("query_dim", [6, 20])
+def test_factor_follows_a_fused_optimiser(query_dim: int) -> None:
+    """Whose steps on a CPU leave no trace in the parameters: neither result nor gradient is stale."""
+    torch.manual_seed(3)
+    module = MSiTF(8, query_dim).eval()
+    embedding, query = torch.randn(2, 1, 9, 8), torch.randn(2, query_dim)
+    optimizer = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            assert (
+                module(embedding, query) - definition(module, embedding, query)[0]
+            ).abs().max() < 1e-4
+        grads = []
+        for fused in (module(embedding, query), definition(module, embedding, query)[0]):
+            grads.append(
+                torch.autograd.grad(fused.square().sum(), [module.k.weight, module.q.weight])
+            )
+        for fast, plain in zip(*grads, strict=True):
+            assert (fast - plain).abs().max() <= 1e-3 * plain.abs().max()
+        module(embedding, query).square().sum().backward()
+        optimizer.step()
+
+
+def test_factor_is_kept_and_no_copy_takes_it_along() -> None:
+    torch.manual_seed(3)
+    module = MSiTF(8, 20).eval()
+    embedding, query = torch.randn(2, 1, 9, 8), torch.randn(2, 20)
+    with torch.no_grad():
+        module(embedding, query)
+        kept = module._factor
+        module(embedding, query)
+        assert module._factor is kept is not None
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert twin._factor is None
+            assert torch.equal(twin(embedding, query), module(embedding, query))
+        module.k = torch.nn.Linear(8, 20)
+        plain, _ = definition(module, embedding, query)
+        assert (module(embedding, query) - plain).abs().max() < 1e-5
+    exported = torch.export.export(module, (embedding, query)).module()
+    assert (exported(embedding, query) - plain).abs().max() < 1e-5
+
+
 class _MostRows(TorchDispatchMode):
     """The most rows that any operation's result of a width had."""
 
@@ -259,6 +303,11 @@ def test_scores_by_hand() -> None:
     expected = torch.softmax(torch.tensor([[1 - 0.25, 1 - 0.75]]), dim=1)
     assert torch.allclose(score_options(fused, options), expected, atol=1e-7)
     assert torch.allclose(score_options(fused, torch.zeros(2, 2)), torch.full((1, 2), 0.5))
+    for dtype in (torch.float16, torch.bfloat16):  # in which these values are exact
+        assert torch.equal(
+            score_options(fused.to(dtype), options.to(dtype)), score_options(fused, options)
+        )
+    assert score_options(fused.double(), options).dtype == torch.float64
     with pytest.raises(InputError, match="one width"):
         score_options(fused, torch.zeros(2, 3))
 
@@ -509,8 +558,35 @@ def test_parts_must_fit(encoder: FastNormWear, fusion: MSiTF) -> None:
     for options in (["yes"], ["yes", "yes"]):
         with pytest.raises(InputError, match="two or more different"):
             classifier.predict_proba(windows_of(0, (1, 65)), QUESTION, options)
+    with pytest.raises(InputError, match="options is 'yes'; it must be a list"):
+        classifier.predict_proba(windows_of(0, (1, 65)), QUESTION, "yes")
+    for question in ("", "  ", None):
+        with pytest.raises(InputError, match="it must be a sentence"):
+            classifier.predict_proba(windows_of(0, (1, 65)), question, OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no window"):
         classifier.predict_proba([], QUESTION, OPTIONS)
+
+
+def test_a_half_precision_fusion_answers(encoder: FastNormWear, fusion: MSiTF) -> None:
+    windows = windows_of(1, (1, 130), (2, 65))
+    wanted = ZeroShotClassifier(encoder, fusion, LetterEncoder()).predict_proba(
+        windows, QUESTION, OPTIONS
+    )
+    half = ZeroShotClassifier(encoder, fusion.bfloat16(), LetterEncoder())
+    found = half.predict_proba(windows, QUESTION, OPTIONS)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=5e-3)
+
+
+def test_epochs_of_mne_are_asked_at_their_own_rate(encoder: FastNormWear, fusion: MSiTF) -> None:
+    mne = pytest.importorskip("mne")
+    data = np.stack(windows_of(1, (2, 300), (2, 300)))
+    epochs = mne.EpochsArray(data, mne.create_info(2, 100.0, "eeg"), verbose="ERROR")
+    classifier = ZeroShotClassifier(encoder, fusion, LetterEncoder())
+    np.testing.assert_array_equal(
+        classifier.predict_proba(epochs, QUESTION, OPTIONS),
+        classifier.predict_proba(data, QUESTION, OPTIONS, 100.0),
+    )
 
 
 # --- wording ---------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def load_embeddings(
         folder: as given to ``encode --output``.
         library: ``pandas`` or ``polars`` for a data frame, ``pyarrow`` for a table, ``numpy`` for a
             dictionary of arrays.
-        columns: the ones wanted; all by default.
+        columns: names of the ones wanted, at least one; all by default.
 
     Returns:
         One row a window: ``recording, window_id, start_s, duration_s, channels, status,
@@ -44,10 +44,14 @@ def load_embeddings(
 
     Raises:
         OutputError: no output of encode there, or a damaged part.
-        UsageError: an unknown library or column, or a library that is not installed.
+        UsageError: an unknown library or column, no column, or a library that is not installed.
     """
     if library not in LIBRARIES:
         raise UsageError(f"library is {library!r}; it must be one of {', '.join(LIBRARIES)}")
+    if isinstance(columns, str):
+        raise UsageError(f"columns is {columns!r}; it must be a list of names: [{columns!r}]")
+    if columns is not None and not len(columns):
+        raise UsageError("columns is empty; name at least one, or leave it out for all")
     if library in ("pandas", "polars"):
         _check_installed(library)
     table = _read(Path(folder), columns)
@@ -97,7 +101,9 @@ def _read(folder: Path, columns: Sequence[str] | None) -> pa.Table:
         with reading(path, OutputError, what):
             file = pq.ParquetFile(path)
             metadata = json.loads(file.metadata.metadata[METADATA_KEY])
-            unknown = sorted(set(columns or ()) - set(file.schema_arrow.names))
+            unknown = sorted(
+                set(columns if columns is not None else ()) - set(file.schema_arrow.names)
+            )
             if unknown:
                 raise UsageError(
                     f"{folder} has no column {', '.join(unknown)}; it has "

@@ -14,6 +14,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from normwear_fast.config import LARGEST_SAMPLE
 from normwear_fast.encode.settings import EncodeSettings, window_samples
 from normwear_fast.encode.survey import reason
 from normwear_fast.encode.windows import (
@@ -33,6 +34,7 @@ OK = "ok"
 MISSING = "missing data"
 NO_DATA = "no data in a channel"
 TOO_LARGE = "values beyond float32"
+"""Or beyond what its sums hold."""
 NOT_FINITE = "values beyond the model's range"
 
 Statistics = list[tuple[float, float]]
@@ -290,6 +292,9 @@ class _Opened:
                 statistics=self.statistics,
             )
         except InputError:
+            row.status = TOO_LARGE
+            return
+        if prepared.data is not None and np.abs(prepared.data).max() > LARGEST_SAMPLE:
             row.status = TOO_LARGE
             return
         if prepared.data is None:

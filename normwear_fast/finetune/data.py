@@ -13,8 +13,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
+from normwear_fast.config import LARGEST_SAMPLE, MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.encode.pipeline import (
     default_tokens,
     find_inputs,
@@ -39,6 +40,7 @@ from normwear_fast.errors import InputError, UsageError, require, within
 from normwear_fast.evaluate.registry import Task
 from normwear_fast.evaluate.samples import SampleSet, _own_task, _parse_label
 from normwear_fast.inputs import rate_list, window_list
+from normwear_fast.mne import with_own_rate
 from normwear_fast.preprocess import prepare_window
 from normwear_fast.recordings.base import FoundRecording
 
@@ -151,6 +153,8 @@ def _prepare(
         ).data
     except InputError:
         return None, TOO_LARGE
+    if data is not None and np.abs(data).max() > LARGEST_SAMPLE:
+        return None, TOO_LARGE
     return (data, OK) if data is not None else (None, NO_DATA)
 
 
@@ -202,7 +206,7 @@ class LabelledWindows:
     def from_arrays(
         cls,
         windows: ArrayLike | Sequence[ArrayLike],
-        labels: Sequence[Any] | NDArray[Any],
+        labels: Sequence[Any] | NDArray[Any] | Tensor,
         sampling_rate: float | Sequence[float] = SAMPLING_RATE,
         *,
         subjects: Sequence[str] | None = None,
@@ -230,16 +234,19 @@ class LabelledWindows:
         Raises:
             InputError: windows of other forms, or labels, subjects and windows that do not match.
         """
+        windows, sampling_rate = with_own_rate(windows, sampling_rate)
         arrays = window_list(windows)
         count = len(arrays)
         for name, given in (("labels", labels), ("subjects", subjects), ("split", split)):
+            if given is not None and np.shape(given) == ():
+                raise InputError(f"{name} is {given!r}; one a window is right")
             if given is not None and len(given) != count:
                 raise InputError(f"{len(given)} {name} for {count} windows")
         if not count:
             raise InputError("no labelled window")
         rates = rate_list(sampling_rate, count)
         where = [f"window {index}" for index in range(count)]
-        values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+        values = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else list(labels)
         kind, column = _task("label", values, where, task)
         preparation = Preparation(
             window=_common([a.shape[1] / r for a, r in zip(arrays, rates, strict=True)]),

@@ -36,6 +36,7 @@ from normwear_fast.files import check_writable, fits, read_json
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
 from normwear_fast.inputs import rate_list, window_list
+from normwear_fast.mne import with_own_rate
 from normwear_fast.model import FastNormWear
 from normwear_fast.weights import (
     CONFIG_FILE,
@@ -157,6 +158,7 @@ class Predictor:
         Raises:
             InputError: another number of channels or another length than trained on (named).
         """
+        windows, sampling_rate = with_own_rate(windows, sampling_rate)
         arrays = window_list(windows)
         rates = rate_list(sampling_rate, len(arrays))
         for index, (array, rate) in enumerate(zip(arrays, rates, strict=True)):

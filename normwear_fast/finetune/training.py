@@ -168,7 +168,8 @@ class FineTuner:
     """Trains a head, and with it the encoder, on labelled windows.
 
     Args:
-        weights: a checkpoint in any form, or a model, which is left as it is.
+        weights: a checkpoint in any form, or a model, which is copied and left as it is. ``full`` and
+            ``lora`` train in float32 what comes in another dtype; a frozen model has a head alone.
         settings: how.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:I``.
         precision: ``float32``, ``bfloat16`` (weights stay float32) or ``auto``: embeddings are made in
@@ -177,7 +178,8 @@ class FineTuner:
         progress: told of each epoch in a line.
 
     Raises:
-        UsageError: an unknown device or precision, or an extra that is not installed.
+        UsageError: an unknown device or precision, an extra that is not installed, or a frozen model
+            to be trained.
         WeightsError: from loading.
     """
 
@@ -201,23 +203,34 @@ class FineTuner:
         if precision == "auto" and self.device.type == "cpu":
             self.precision = "float32"
         _fabric(self.device)  # an extra that is missing is said before weights are loaded
+        trained = self.settings.mode != "head"
         if isinstance(weights, FastNormWear):
+            if trained and weights._frozen is not None:
+                raise UsageError(
+                    f"this model was frozen for encoding; mode {self.settings.mode!r} trains its "
+                    "weights: give a model that is not, or mode='head'"
+                )
             self.model = copy.deepcopy(weights)
         else:
             self.model = FastNormWear.from_pretrained(weights)
+        if trained:
+            self.model.float()
         self.model.precision = precision
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(self, data: LabelledWindows) -> Predictor:
-        """Trains and judges.
+        """Trains and judges, always from the weights this was made with.
 
         Args:
             data: the labelled windows.
 
         Returns:
             The best model on the validation part, judged on that part and on the test part if there
-            is one, both with the encoder that will predict. `Predictor.save_pretrained` writes it.
+            is one, both with the encoder that will predict, which is its own: a later fit leaves it
+            alone. `Predictor.save_pretrained` writes it.
 
         Ctrl-C ends training after the step under way, with the best so far; ``interrupted`` says so.
 
@@ -227,13 +240,15 @@ class FineTuner:
         """
         self.history = []
         self.interrupted = False
-        settings, model = self.settings, self.model.to(self.device)
-        base = dict(model.weights)
+        settings = self.settings
+        data = replace(data, notes=list(data.notes))
         # Data that cannot be split are refused before the hours that encoding them may take; which
         # windows have a value, and with them the split itself, are known after it.
         split_windows(replace(data, notes=[]), settings.validation, settings.seed)
+        model = copy.deepcopy(self.model).to(self.device)
+        base = dict(model.weights)
         self.progress(f"encoding {len(data):,} windows once")
-        embeddings = self._embed(data.windows)
+        embeddings = self._embed(model, data.windows)
         data, embeddings = _finite(data, embeddings)
         split = split_windows(data, settings.validation, settings.seed)
         head = Head(embeddings.shape[1], data.task, settings.seed).to(self.device)
@@ -246,11 +261,11 @@ class FineTuner:
         with graceful_stop(_say_stopping) as stopped:
             self._fit_head(head, embeddings, data, split, targets, weights, stopped)
             if settings.mode != "head":
-                self._fit_network(head, data, split, targets, weights, base, stopped)
+                self._fit_network(model, head, data, split, targets, weights, base, stopped)
             self.interrupted = stopped()
         if settings.mode != "head":
             held_out = np.sort(np.concatenate([split.validation, split.test]))
-            embeddings[held_out] = self._embed([data.windows[i] for i in held_out])
+            embeddings[held_out] = self._embed(model, [data.windows[i] for i in held_out])
         predictor = Predictor(
             model,
             head,
@@ -262,9 +277,11 @@ class FineTuner:
         self._judge(predictor, data, split, embeddings, base)
         return predictor
 
-    def _embed(self, windows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _embed(
+        self, model: FastNormWear, windows: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         """(n, F) with the fast encoder."""
-        found = self.model.encode(
+        found = model.encode(
             list(windows),
             SAMPLING_RATE,
             pool=self.settings.pool,
@@ -305,6 +322,7 @@ class FineTuner:
 
     def _fit_network(
         self,
+        model: FastNormWear,
         head: Head,
         data: LabelledWindows,
         split: Split,
@@ -313,7 +331,7 @@ class FineTuner:
         base: dict[str, Any],
         stopped: Callable[[], bool],
     ) -> None:
-        settings, model = self.settings, self.model
+        settings = self.settings
         if self.device.type == "cpu":
             set_allocator_thresholds(2**30)
         require_gradients(model, settings.mode, lora_rank=settings.lora_rank, seed=settings.seed)
@@ -387,7 +405,7 @@ class FineTuner:
             },
             "training": asdict(self.settings)
             | {
-                "embedding_precision": self.model.resolved_precision,
+                "embedding_precision": predictor.encoder.resolved_precision,
                 "epochs_run": last[-1]["epoch"],
                 "best_epoch": best["epoch"],
                 "interrupted": self.interrupted,

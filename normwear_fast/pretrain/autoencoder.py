@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normwear_fast.config import NormWearConfig
+from normwear_fast.config import NormWearConfig, check_config
 from normwear_fast.errors import InputError
 from normwear_fast.pretrain.masking import MaskScheme, Noise, draw_noise, kept_patches, mask_of
 from normwear_fast.pretrain.pixels import gather_patches, patch_pixels
@@ -80,6 +80,7 @@ class MaskedAutoencoder(ReferenceNormWear):
     """
 
     def __init__(self, config: NormWearConfig | None = None, *, seed: int | None = 0) -> None:
+        check_config(config)
         super().__init__(config, decoder=True, seed=seed)
         norm = JoinedBatchNorm(self.spatial_recon.norm.num_features)
         norm.load_state_dict(self.spatial_recon.norm.state_dict())

@@ -49,7 +49,9 @@ def draw_noise(
     """The uniform draws of ``sequences`` masks, on the device."""
 
     def draw(columns: int) -> Tensor:
-        return torch.rand(sequences, columns, generator=generator, device=device)
+        return torch.rand(
+            sequences, columns, generator=generator, device=device, dtype=torch.float32
+        )
 
     if scheme == "structured":
         return draw(config.grid_rows), draw(config.grid_columns)
@@ -98,4 +100,5 @@ def kept_patches(noise: Noise, scheme: MaskScheme, config: NormWearConfig) -> Te
 
 def mask_of(kept: Tensor, patches: int) -> Tensor:
     """(S, k) kept indices -> (S, patches) float32, 1 = removed."""
-    return torch.ones(len(kept), patches, device=kept.device).scatter_(1, kept, 0.0)
+    mask = torch.ones(len(kept), patches, device=kept.device, dtype=torch.float32)
+    return mask.scatter_(1, kept, 0.0)

@@ -13,9 +13,10 @@ from torch import Tensor
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE
 from normwear_fast.errors import InputError
 from normwear_fast.inputs import prepare, rate_list, samples_at_model_rate, window_list
+from normwear_fast.mne import with_own_rate
 from normwear_fast.packing import plan_units
 from normwear_fast.zeroshot.fusion import FusionTerms, MSiTF, score_options
-from normwear_fast.zeroshot.text import TextEncoder
+from normwear_fast.zeroshot.text import TextEncoder, checked_texts
 
 if TYPE_CHECKING:
     from normwear_fast.model import FastNormWear
@@ -72,6 +73,8 @@ class ZeroShotClassifier:
         Returns: (n, O) float32, rows sum to 1.
         Raises: InputError for bad windows, an empty text, repeated options or fewer than two.
         """
+        if isinstance(options, str):
+            raise InputError(f"options is {options!r}; it must be a list of answers")
         options = list(options)
         if len(options) < 2 or len(set(options)) < len(options):
             raise InputError(f"options are {options!r}; they must be two or more different answers")
@@ -80,7 +83,7 @@ class ZeroShotClassifier:
             fused = self.fused(
                 windows, question, sampling_rate, missing=missing, batch_tokens=batch_tokens
             )
-            return score_options(fused, answers).cpu().numpy()
+            return score_options(fused, answers).float().cpu().numpy()
 
     def fused(
         self,
@@ -143,6 +146,7 @@ class ZeroShotClassifier:
         return [window.relevance.numpy() for window in terms]
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        texts = checked_texts(texts)
         new = list(dict.fromkeys(text for text in texts if text not in self._vectors))
         if new:
             with torch.inference_mode():
@@ -160,6 +164,7 @@ class ZeroShotClassifier:
         """Token embeddings of consecutive windows, a group at most the budget (or one window)."""
         model = self.model
         self.fusion.to(model.device)
+        windows, sampling_rate = with_own_rate(windows, sampling_rate)
         items = window_list(windows)
         if not items:
             raise InputError("no window to classify")

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from normwear_fast.errors import InputError, UsageError
+from normwear_fast.watch import Watch
 
 RECENCY_BASE = 0.997
 """The last token of a channel weighs 1, each one before it 0.3 % less."""
@@ -212,10 +213,14 @@ class MSiTF(nn.Module):
         self.source = "random initialisation"
         self.sha256: str | None = None
         self.description: dict[str, Any] = {}
-        self._factor: tuple[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._factor: tuple[nn.Linear, Watch, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __repr__(self) -> str:
         return f"MSiTF(embed_dim={self.embed_dim}, query_dim={self.query_dim}, {self.source})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The factor is a cache of this module's own parameters: no copy's.
+        return self.__dict__ | {"_factor": None}
 
     def feed_forward(self, u: Tensor) -> Tensor:
         return self.out_fc(u)
@@ -392,11 +397,21 @@ class MSiTF(nn.Module):
 
     def _key_factor(self) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.k.weight, self.k.bias
-        key = tuple((id(p), p.data_ptr(), p._version, p.device, p.dtype) for p in (weight, bias))
-        if self._factor is None or self._factor[0] != key:
+        trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+        if trained or torch.compiler.is_exporting():
             with torch.no_grad():
-                self._factor = (key, norm_factor(weight.detach(), bias.detach()))
-        return self._factor[1]
+                return norm_factor(weight.detach(), bias.detach())
+        return self._kept_factor()
+
+    @torch.compiler.disable
+    def _kept_factor(self) -> tuple[Tensor, Tensor, Tensor]:
+        kept = self._factor
+        if kept is None or kept[0] is not self.k or not kept[1].unchanged():
+            watch = Watch(self.k)
+            with torch.no_grad():
+                factor = norm_factor(self.k.weight.detach(), self.k.bias.detach())
+            self._factor = kept = (self.k, watch, factor)
+        return kept[2]
 
 
 def norm_factor(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -472,7 +487,7 @@ def score_options(fused: Tensor, options: Tensor) -> Tensor:
     Args:
         fused: (B, Q) of :class:`MSiTF`.
         options: (O, Q), the answers' raw text vectors.
-    Returns: (B, O), rows sum to 1.
+    Returns: (B, O) in float32, or float64 where ``fused`` is; rows sum to 1.
     """
     if fused.ndim != 2 or options.ndim != 2 or fused.shape[1] != options.shape[1]:
         raise InputError(
@@ -481,6 +496,8 @@ def score_options(fused: Tensor, options: Tensor) -> Tensor:
         )
     if len(options) < 1:
         raise InputError("score_options got no option")
+    if fused.dtype != torch.float64:
+        fused = fused.float()  # no cdist in half precision, and sums of Q differences need more
     distance = torch.cdist(fused.unsqueeze(0), options.to(fused).unsqueeze(0), p=1.0).squeeze(0)
     total = distance.sum(dim=1, keepdim=True)
     # A fused window equal to every option has no preference; elsewhere the floor changes nothing.

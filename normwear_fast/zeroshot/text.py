@@ -67,7 +67,7 @@ class _TransformersEncoder:
         Raises: InputError for an empty sentence or one longer than the model reads; WeightsError for a
             tokenizer that does not belong to the model.
         """
-        texts = _checked(texts)
+        texts = checked_texts(texts)
         with reading(f"text encoder {self.name}", WeightsError, "its tokenizer is damaged"):
             ids: list[list[int]] = self._tokenizer(texts)["input_ids"]
         known = self._model.get_input_embeddings().num_embeddings
@@ -198,7 +198,8 @@ def load_text_encoder(
     return LlamaTextEncoder(source, device=device, offline=offline)
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
+def checked_texts(texts: Sequence[str]) -> list[str]:
+    """A list of sentences; an InputError for what is none."""
     if isinstance(texts, str):
         raise InputError("texts is one string; pass a list of strings")
     for index, text in enumerate(texts):
