@@ -251,6 +251,33 @@ def test_packing_that_is_no_number(store: Callable[..., Path]) -> None:
         opened(store(fill))
 
 
+@pytest.mark.parametrize("clocked", [True, False])
+def test_packing_with_one_number_a_channel(store: Callable[..., Path], clocked: bool) -> None:
+    counts = signal(2, 500, np.int16)
+
+    def fill(root: Any, put: Any) -> None:
+        attributes = put(root, "data", counts).attrs
+        attributes["scale_factor"], attributes["add_offset"] = [0.5, 4.0], [[1.0], [0.0]]
+        attributes["_FillValue"] = int(counts[1, 3])
+        if clocked:
+            put(root, "time_ms", 10 * np.arange(500))
+        else:
+            root.attrs["sampling_rate"] = 100.0
+
+    _, whole = opened(store(fill))
+    expected = counts * np.array([[0.5], [4.0]]) + np.array([[1.0], [0.0]])
+    np.testing.assert_array_equal(whole, np.where(counts == counts[1, 3], np.nan, expected))
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, float("nan"), float("inf"), [1.0, 0.0], [1.0, 2.0, 3.0]])
+def test_packing_that_makes_no_samples(tmp_path: Path, scale: Any) -> None:
+    def fill(root: Any, put: Any) -> None:
+        put(root, "data", signal(2, 500)).attrs["scale_factor"] = scale
+        root.attrs["sampling_rate"] = 100.0
+
+    refused(write_h5(tmp_path / "r.h5", fill), "scale_factor of data is", str(scale))
+
+
 def test_time_arrays_that_count_from_moments_of_their_own(store: Callable[..., Path]) -> None:
     """xarray counts from the first time of each array."""
 
@@ -340,6 +367,95 @@ def test_a_time_array_that_contradicts_the_rate(store: Callable[..., Path]) -> N
         put(root, "time_s", np.arange(500) / 50)
 
     refused(store(fill), "100", "50", "contradicts")
+
+
+def _timed(tmp_path: Path, store: Callable[..., Path], times: Any, rate: float, **more: Any) -> Any:
+    """A file of HDF5 or Zarr, and the same as NPZ: a ramp on its clock, and a sampling_rate."""
+
+    def fill(root: Any, put: Any) -> None:
+        root.attrs["sampling_rate"] = rate
+        put(root, "time", times)
+        for name, values in more.items():
+            put(root, name, values)
+
+    np.savez(tmp_path / "same.npz", time=times, sampling_rate=rate, **more)
+    return store(fill), tmp_path / "same.npz"
+
+
+@pytest.mark.parametrize("rate", [None, 64.0])
+@pytest.mark.parametrize("kind", ["whole", "lost", "jitter", "bursts", "1024"])
+def test_a_rate_beside_times_that_are_rough(
+    tmp_path: Path, store: Callable[..., Path], kind: str, rate: float | None
+) -> None:
+    """64 Hz in whole ms steps by 16, which is 62.5 Hz or a slow signal in s."""
+    rng = np.random.default_rng(3)
+    hertz = 1024.0 if kind == "1024" else 64.0
+    keep = np.ones(3000, dtype=bool)
+    keep[[] if kind == "whole" else [700, 1500, 1501]] = False
+    true = (np.arange(3000) / hertz)[keep]
+    shift = rng.exponential(0.2, true.size) / hertz if kind == "jitter" else 0.0
+    times = np.round(1000 * np.maximum.accumulate(true + shift)).astype(np.int64)
+    if kind == "bursts":
+        times = times.astype(np.float64) + rng.uniform(0, 0.9, times.size)
+    for path in _timed(tmp_path, store, times, hertz, ecg=true):
+        recording, (data,) = opened(path, rate and hertz)
+        assert recording.channels[0].sampling_rate == hertz, recording.notes
+        late = data - np.arange(data.size) / hertz
+        assert np.nanmax(np.abs(late)) < 2.5 / hertz
+        assert np.isfinite(late).mean() > 0.99
+        assert any("read as ms, by sampling_rate" in note for note in recording.notes)
+        assert not any("median rate" in note for note in recording.notes)
+        refused(path, "--rate 100 contradicts", rate=100)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"), [(np.nan, "has no time"), (0.5, "goes back"), (0, "move")]
+)
+def test_a_rate_stands_in_for_a_broken_clock(
+    tmp_path: Path, store: Callable[..., Path], bad: float, says: str
+) -> None:
+    times = np.arange(70_000) / 64
+    times[69_000] = bad
+    if says == "move":
+        times[:] = 5.0
+    ecg, acc = signal(1, 70_000)[0], signal(2, 70_000)
+    for path in _timed(tmp_path, store, times, 64.0, ecg=ecg, acc=acc):
+        recording, whole = opened(path)
+        channels = {c.name: data for c, data in zip(recording.channels, whole, strict=True)}
+        np.testing.assert_array_equal(channels["ecg"], ecg)
+        np.testing.assert_array_equal([channels["acc_1"], channels["acc_2"]], acc)
+        assert {c.sampling_rate for c in recording.channels} == {64.0}
+        (note,) = recording.notes
+        assert says in note
+        assert note.endswith(": no clock, sampling_rate stands in for it")
+        refused(path, "--rate 100 contradicts", rate=100)
+
+
+def test_a_rate_beside_a_count_of_rows(tmp_path: Path, store: Callable[..., Path]) -> None:
+    for path in _timed(tmp_path, store, np.arange(500), 64.0, ecg=signal(1, 500)[0]):
+        recording, _ = opened(path)
+        assert recording.channels[0].sampling_rate == 64.0
+        assert "column 'time' counts rows; sampling_rate is its clock" in recording.notes
+
+
+@pytest.mark.parametrize("step", [10, 16, 0.005])
+def test_a_rate_that_times_have_in_no_unit(
+    tmp_path: Path, store: Callable[..., Path], step: float
+) -> None:
+    for path in _timed(tmp_path, store, step * np.arange(1000), 80.0, ecg=signal(1, 1000)[0]):
+        refused(path, "sampling_rate 80 of ecg contradicts", "one of the two is right")
+
+
+def test_upright_arrays_beside_others(store: Callable[..., Path]) -> None:
+    def fill(root: Any, put: Any) -> None:
+        root.attrs["sampling_rate"] = 64.0
+        put(root, "acc", signal(500, 3))
+        put(root, "ppg", signal(1, 500)[0])
+
+    recording, whole = opened(store(fill))
+    assert [c.name for c in recording.channels] == ["ppg"]
+    np.testing.assert_array_equal(whole, signal(1, 500))
+    assert "acc has shape (500, 3); (channels, samples) is right: left out" in recording.notes
 
 
 def test_without_a_rate(store: Callable[..., Path]) -> None:

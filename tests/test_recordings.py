@@ -251,6 +251,14 @@ def test_wfdb_skews_differ(tmp_path: Path) -> None:
                 np.testing.assert_allclose(data[channel], expected)
 
 
+@pytest.mark.parametrize(("first", "second"), [("0", "16"), ("16", "0"), ("16", "212")])
+def test_wfdb_file_of_two_storage_formats(tmp_path: Path, first: str, second: str) -> None:
+    (tmp_path / "r.dat").write_bytes(bytes(800))
+    lines = [f"r.dat {one} 100/mV 16 0 0 0 0 c{one}" for one in (first, second)]
+    path = write(tmp_path / "r.hea", "\n".join(["r 2 50 200", *lines, ""]))
+    refused(path, f"r.dat have storage formats {first} and {second}; one for all is right")
+
+
 def test_wfdb_flac(tmp_path: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
     digital = np.random.default_rng(2).integers(-999, 999, (500, 2)).astype(np.int16)
@@ -1170,11 +1178,25 @@ def test_npz_notes_what_it_leaves_out(tmp_path: Path) -> None:
         "channels belongs",
     ):
         assert _has_note(recording, words), words
-    np.savez(path, ppg=x[0], acc=x.T, sampling_rate=64.0)
-    refused(path, "acc has shape (640, 3); (channels, samples) is right")
+    np.savez(path, ppg=x[0], acc=x.T, sampling_rate=64.0)  # as most Python code holds one
+    recording, data = opened(path)
+    np.testing.assert_array_equal(data, x[:1])
+    assert _has_note(recording, "acc has shape (640, 3); (channels, samples) is right: left out")
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
         file.writestr("ppg.npy", file.read("ppg.npy"))
     refused(path, "several arrays named ppg")
+
+
+def test_npz_of_nothing_but_upright_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "r.npz", acc=np.ones((640, 3)), labels=np.arange(10), sampling_rate=64.0)
+    refused(tmp_path / "r.npz", "acc has shape (640, 3); (channels, samples) is right")
+
+
+def test_npz_with_a_damaged_name(tmp_path: Path) -> None:
+    path = tmp_path / "r.npz"
+    np.savez(path, **{"pu\u00eds": np.ones(640), "sampling_rate": 64.0})
+    path.write_bytes(path.read_bytes().replace("\u00ed".encode(), b"\xc3\xff"))
+    refused(path, "is no NPZ file", "utf-8")
 
 
 def test_npz_clock_equals_the_same_table_s(tmp_path: Path) -> None:
@@ -1575,6 +1597,24 @@ def test_a_rate_is_for_the_recordings_without_a_clock(
     assert _inspect(str(alone), "--rate", "32") == 1
     assert "--rate 32 contradicts the file's own 64 Hz" in capsys.readouterr().err
     assert "--rate 32 contradicts" in str(survey(find_recordings([alone]), settings)[0].error)
+
+
+def test_why_a_recording_lacks_a_channel(tmp_path: Path) -> None:
+    from normwear_fast.encode.settings import EncodeSettings
+    from normwear_fast.encode.survey import survey
+
+    x = np.random.default_rng(1).normal(size=640)
+    np.savez(tmp_path / "a.npz", ppg=x, acc=np.stack([x, x]), sampling_rate=64.0)
+    np.savez(tmp_path / "b.npz", ppg=x, acc=np.stack([x, x], axis=1), sampling_rate=64.0)
+    table = pd.DataFrame({"time_s": np.arange(640) / 64, "ppg": x, "acc_1": np.nan})
+    table.to_csv(tmp_path / "c.csv", index=False)
+    settings = EncodeSettings(window=2.0, hop=2.0, channels=("ppg", "acc_1"))
+    errors = [str(entry.error) for entry in survey(find_recordings([tmp_path]), settings)]
+    assert errors[0] == "None"
+    for error, reason in zip(errors[1:], ("acc has shape (640, 2); (ch", "acc_1"), strict=True):
+        said = error.partition("has no channel acc_1; it has ppg; ")[2]
+        assert reason in said
+        assert said.endswith("left out")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

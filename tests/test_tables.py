@@ -410,3 +410,223 @@ def test_midnight_falls_between_pieces() -> None:
     midnight = Midnight(100)
     pieces = [midnight(piece) for piece in np.array_split(times % 100, 9)]
     np.testing.assert_array_equal(np.concatenate(pieces), times)
+
+
+# ---------------------------------------------------------------- which clock, and which header
+
+
+def lossy(rate: float = 64.0, seconds: int = 40) -> np.ndarray:
+    """Times (s) of a recording that lost some rows, not at the same rate everywhere."""
+    times = np.arange(int(rate * seconds)) / rate
+    keep = np.random.default_rng(13).random(times.size) > 0.02
+    keep[1000:1030] = False
+    keep[[0, -1]] = True
+    return times[keep]
+
+
+@pytest.mark.parametrize("second", ["unix_ts", "datetime", "gps_time"])
+def test_a_full_and_fine_clock_comes_first(tmp_path: Path, second: str) -> None:
+    times = lossy()
+    wall = np.floor(1_700_000_000.4 + times).astype(int)
+    stamp: Any = wall
+    if second == "datetime":
+        stamp = pd.to_datetime(wall, unit="s")
+    elif second == "gps_time":
+        stamp = np.where(np.arange(times.size) % 64 == 0, wall, np.nan)
+    for columns in (
+        {"time": times, second: stamp, "ecg": times},
+        {second: stamp, "time": times, "ecg": times},
+    ):
+        for path in both(tmp_path, columns):
+            recording, (read,) = opened(path)
+            assert recording.channels[0].sampling_rate == 64.0
+            there = np.isfinite(read)
+            late = np.abs(read - np.arange(read.size) / 64)[there].max()
+            assert late < 1e-3
+            assert recording.start_time is not None
+            assert recording.start_time.replace(tzinfo=UTC).timestamp() == wall[0]
+
+
+@pytest.mark.parametrize("given", [64.0, None])
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("sensor_time", np.arange(ROWS) * 512),  # ticks
+        ("sensor_time", (np.arange(ROWS) * 512) % 65536),
+        ("device_time", np.tile(np.arange(ROWS // 2) / 64, 2)),
+        ("rel_time", np.arange(ROWS) % 100 / 64),
+        ("gps_time", np.where(np.arange(ROWS) % 64 == 0, 1.7e9, np.nan)),
+        ("sensor_time", np.cumsum(np.arange(ROWS) % 7) * 1000),
+    ],
+)
+def test_a_weak_clock_costs_no_recording(
+    tmp_path: Path, given: float | None, name: str, times: np.ndarray
+) -> None:
+    signal = np.arange(ROWS, dtype=float)
+    columns = {name: times, "ecg": signal}
+    if given is None:  # another clock is there
+        columns = {name: times, "time": EVEN, "ecg": signal}
+    for path in both(tmp_path, columns):
+        recording, read = opened(path, given)
+        assert names(recording) == ["ecg"]
+        assert recording.channels[0].sampling_rate == (given or 100.0)
+        np.testing.assert_array_equal(read, [signal])
+        assert any(name in note and "left out" in note for note in recording.notes)
+        assert not any("pass --rate" in note for note in recording.notes if given)
+
+
+def test_a_weak_clock_that_goes_back_later(tmp_path: Path) -> None:
+    rows = 20_000  # beyond the sample
+    device = np.concatenate([np.arange(rows - 100), np.arange(100)]) / 100
+    for path in both(
+        tmp_path, {"device_time_s": device, "time": np.arange(rows) / 100, "ecg": np.arange(rows)}
+    ):
+        recording, read = opened(path)
+        np.testing.assert_array_equal(read, [np.arange(rows)])
+        assert any("'device_time_s' is no clock" in note for note in recording.notes)
+    for path in both(tmp_path, {"device_time": device, "ecg": np.arange(rows)}):
+        refused(path, "goes back")
+
+
+def test_a_weak_clock_that_is_even_is_believed(tmp_path: Path) -> None:
+    for path in both(tmp_path, {"unix_ts": WALL_MS, "ecg": EVEN}):
+        refused(path, "contradicts", "100 Hz", rate=64.0)
+
+
+def test_no_advice_to_pass_what_was_passed(tmp_path: Path) -> None:
+    times = np.cumsum(np.tile([9, 10, 11], 200))
+    for path in both(tmp_path, {"time": times, "ecg": 1.0}):
+        assert "pass --rate" in refused(path)
+        text = refused(path, "--rate 64", rate=64.0)
+        assert "pass --rate" not in text
+
+
+def test_a_row_that_is_there_twice_in_a_count(tmp_path: Path) -> None:
+    rows = np.sort(np.append(np.arange(300), 100))
+    for path in both(tmp_path, {"time": rows, "ecg": rows}):
+        _, (read,) = opened(path, 64.0)
+        np.testing.assert_array_equal(read, np.arange(300))
+
+
+def test_local_time_is_no_moment(tmp_path: Path) -> None:
+    local = WALL_MS + 7_200_000
+    for path in both(tmp_path, {"LocalTimestamp": local, "UnixTimestamp": WALL_MS, "ecg": EVEN}):
+        recording, _ = opened(path)
+        assert recording.start_time is not None
+        assert recording.start_time.timestamp() == WALL_MS[0] / 1000
+    for path in both(tmp_path, {"LocalTimestamp": local, "ecg": EVEN}):
+        assert opened(path)[0].start_time is None
+
+
+def test_a_count_of_rows_goes_up_by_one(tmp_path: Path) -> None:
+    by_two = np.arange(ROWS) * 2
+    for path in both(tmp_path, {"time_s": EVEN, "row": by_two // 2, "count": by_two}):
+        recording, read = opened(path)
+        assert names(recording) == ["count"]
+        np.testing.assert_array_equal(read, [by_two])
+
+
+@pytest.mark.parametrize(
+    ("title", "seconds"),
+    [
+        *(("Time [min]", 60.0), ("time (h)", 3600.0), ("time (days)", 86400.0)),
+        *(
+            ("elapsed_minutes", 60.0),
+            ("time_h", 3600.0),
+            ("T [min]", 60.0),
+            ("Time (Hours)", 3600.0),
+        ),
+    ],
+)
+def test_long_units(tmp_path: Path, title: str, seconds: float) -> None:
+    for path in both(tmp_path, {title: EVEN / seconds, "ecg": EVEN}):
+        recording, read = opened(path)
+        assert recording.channels[0].sampling_rate == pytest.approx(100.0, rel=1e-9)
+        np.testing.assert_array_equal(read, [EVEN])
+
+
+@pytest.mark.parametrize("title", ["time [m]", "Time (weeks)", "elapsed [cs]"])
+def test_units_of_time_that_are_not_known(tmp_path: Path, title: str) -> None:
+    for path in both(tmp_path, {title: EVEN, "ecg": EVEN}):
+        for rate in (None, 100.0):
+            refused(path, title, "not known", rate=rate)
+
+
+def test_parts_of_a_date_are_no_clock() -> None:
+    for title in ("timestamp_hour", "min_time", "hour", "minutes_asleep", "time_day"):
+        assert time_column(title) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("pace", ["5:32", "5:30", "5:41"]),
+        ("lap", ["0:45"]),
+        ("ie", ["1:20", "", "1:30"]),
+        ("ratio", ["20:10", "1:30"]),
+    ],
+)
+def test_minutes_and_seconds_are_no_clock(tmp_path: Path, name: str, cells: list[str]) -> None:
+    rows = [f"{cells[i % len(cells)]},{i}\n" for i in range(60)]
+    path = write(tmp_path / "r.csv", f"{name},ecg\n" + "".join(rows))
+    recording, read = opened(path, 10.0)
+    assert names(recording) == ["ecg"]
+    np.testing.assert_array_equal(read, [np.arange(60)])
+    assert f"column {name!r} holds text and is left out" in recording.notes
+
+
+def test_times_of_day_without_a_name_pass_midnight(tmp_path: Path) -> None:
+    rows = [f"{day(86_390 + i / 10)},{i}\n" for i in range(300)]
+    recording, read = opened(write(tmp_path / "r.csv", "when,ecg\n" + "".join(rows)))
+    assert recording.channels[0].sampling_rate == 10.0
+    np.testing.assert_array_equal(read, [np.arange(300)])
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\x0b", "\x0c"])
+def test_blanks_that_arrow_does_not_trim(tmp_path: Path, blank: str) -> None:
+    text = f"time_s,ecg,ppg\n0, 1,1\n0.5,{blank}2,2\n1,3\t,3\n"
+    with open_recording(write(tmp_path / "r.csv", text)) as recording:
+        assert [recording.channels[i].name for i in recording.unreadable] == ["ecg"]
+        assert any("row 3, column 'ecg'" in note for note in recording.notes)
+        (block,) = recording.blocks([1])
+        np.testing.assert_array_equal(block, [[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("text", "titles"),
+    [
+        ("%SpO2,HR,stage\n95,60,W\n96,61,W\n", ["%SpO2", "HR"]),
+        ("%SpO2,HR,stage\nNone,None,W\n96,61,W\n", ["%SpO2", "HR"]),
+        ("%SpO2,HR,stage\n,,W\n96,61,W\n", ["%SpO2", "HR"]),
+        ("%SpO2\n95\n96\n", ["%SpO2"]),
+        ("% of a watch\n95\n96\n", ["channel_1"]),
+        ("% by me, today\nNa,K\n95,60\n96,61\n", ["Na", "K"]),
+    ],
+)
+def test_a_header_that_begins_with_percent(tmp_path: Path, text: str, titles: list[str]) -> None:
+    recording, read = opened(write(tmp_path / "r.csv", text), 1.0)
+    assert names(recording) == titles
+    assert read[0].size == 2
+    assert read[0][1] == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "titles", "rows"),
+    [
+        ("ecg,ppg\nn/a,n/a\n1,2\n3,4\n", [("ecg", ""), ("ppg", "")], 3),
+        ("ecg,stage\n,W\n1,W\n3,W\n", [("ecg", "")], 3),
+        ("ecg,stage\nNA,S\n1,S\n3,W\n", [("ecg", "")], 3),
+        ("ecg,ppg\nmV,n/a\n1,2\n3,4\n", [("ecg", "mV"), ("ppg", "n/a")], 2),
+    ],
+)
+def test_missing_values_are_no_units(
+    tmp_path: Path, text: str, titles: list[tuple[str, str]], rows: int
+) -> None:
+    recording, read = opened(write(tmp_path / "r.csv", text), 1.0)
+    assert [(c.name, c.unit) for c in recording.channels] == titles
+    assert {one.size for one in read} == {rows}
+
+
+def test_column_numbers_without_an_index_are_noted(tmp_path: Path) -> None:
+    recording, _ = opened(write(tmp_path / "r.csv", "0,1\n0.5,1.5\n0.25,1.0\n"), 1.0)
+    assert any("row 1 (0,1) is read as pandas' column numbers" in n for n in recording.notes)

@@ -187,7 +187,7 @@ def look_at(item: Look, settings: EncodeSettings, watch: Opens | None = None) ->
             path, sampling_rate=settings.rate, own_clock=not item.alone
         ) as recording:
             names = tuple(channel.name for channel in recording.channels)
-            channels = select_channels(recording.channels, settings.channels)
+            channels = select_channels(recording.channels, settings.channels, recording.notes)
             entry = Surveyed(
                 id=item.id,
                 path=item.path,

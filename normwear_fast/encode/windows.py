@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,8 +273,15 @@ def _seconds(value: Any, name: str, where: str) -> float:
     return seconds
 
 
-def select_channels(channels: Sequence[Channel], names: Sequence[str] | None) -> list[int]:
+def select_channels(
+    channels: Sequence[Channel], names: Sequence[str] | None, notes: Sequence[str] = ()
+) -> list[int]:
     """Indices of the channels of these names, in the names' order; all channels where None.
+
+    Args:
+        channels: the recording's.
+        names: those wanted.
+        notes: the recording's; one that says why a name is left out is told.
 
     Raises:
         RecordingError: a name the recording does not have, or a recording without channels.
@@ -285,8 +293,16 @@ def select_channels(channels: Sequence[Channel], names: Sequence[str] | None) ->
     selected = [i for name in names for i, channel in enumerate(channels) if channel.name == name]
     missing = sorted(set(names) - {channel.name for channel in channels})
     if missing:
+        stems = {re.sub(r"_\d+$", "", name) for name in missing}  # acc_1 is of an array acc
+        sought = "|".join(map(re.escape, sorted(stems.union(missing))))
+        reasons = [
+            note
+            for note in notes
+            if "left out" in note and re.search(rf"(?<!\w)(?:{sought})(?!\w)", note)
+        ]
         raise RecordingError(
             f"has no channel {join_names(missing)}; it has {join_names(c.name for c in channels)}"
+            + "".join(f"; {reason}" for reason in reasons[:3])
         )
     return selected
 

@@ -25,7 +25,10 @@ def reading(path: Path) -> Iterator[None]:
     """What zipfile and zlib raise on damaged archives, as one line."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
+        UnicodeDecodeError,  # of a member's name
+    ) as error:
         raise RecordingError(f"{path}: is a damaged zip: {one_line(error)}") from error
 
 

@@ -6,10 +6,12 @@ The layout, for all three:
 * in a group without one, every array (L,) of real numbers is a channel of its own name, and every
   array (C, L) is C channels, unless it is far shorter than its neighbours and has no rate of its own;
 * `sampling_rate` (Hz) is an attribute of the array, of its group, or of a group above; or the group
-  has a time array (L,), named as a CSV's time column would be. It may be uneven.
+  has a time array (L,), named as a CSV's time column would be. It may be uneven. Where both are
+  there, the rate tells the time array's unit, and stands in for one that can be no clock.
 * `units` may be an attribute of the array: one text, or one a channel; of a time array "ms", or what
   xarray writes, "milliseconds since 2024-01-01".
-* `scale_factor`, `add_offset` and `_FillValue` may be attributes of the array, as xarray packs numbers.
+* `scale_factor`, `add_offset` and `_FillValue` may be attributes of the array, as xarray packs numbers:
+  one number, or one a channel.
 
 `sampling_rate`, `channels` and `units` may also be small arrays beside the data. What is neither
 channel, clock nor setting is left out with a note.
@@ -37,7 +39,15 @@ from normwear_fast.recordings.base import (
     rechunk,
     refusing,
 )
-from normwear_fast.recordings.clock import TimeColumn, choose_clock, time_column, wall_clock
+from normwear_fast.recordings.clock import (
+    Clock,
+    Intervals,
+    TimeColumn,
+    choose_clock,
+    time_column,
+    wall_clock,
+    wall_unit,
+)
 from normwear_fast.recordings.parts import PartedRecording
 from normwear_fast.recordings.table import TableRecording
 
@@ -50,6 +60,8 @@ _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 _SHORT = 10
 """Times shorter than its neighbours, an array at their rate is no signal: labels, a list of rates."""
 _EARLY = 0.01  # of the recording; a channel that ends earlier is told of
+_MEAN = 0.03
+"""By which an uneven clock's mean interval may be off a stated rate's; single rows may be lost."""
 CHUNK_BYTES = 512 << 20
 """The largest chunk that is read: one is in memory whole, however short the block."""
 
@@ -167,11 +179,18 @@ class ArrayRecording(PartedRecording):
             else:
                 if rate is not None:
                     check_rate(self.path, given, [rate])
-                names, units = self._titles(one, tree)
-                parts.append(_Even(self.path, one, names, units, rate or given or 1.0))
+                parts.append(self._even(one, tree, rate or given or 1.0))
                 origins.append(None)
         for clock, members in timed.values():
             part = self._timed(clock, times[clock.path], members, tree, given)
+            if isinstance(part, dict):
+                for one in members:
+                    if one.path in part:
+                        parts.append(self._even(one, tree, part[one.path]))
+                        origins.append(None)
+                    else:
+                        unrated.append(one.path)
+                continue
             parts.append(part)
             origins.append(part.origin)
             self.start_time = part.start_time if len(timed) == 1 else self.start_time
@@ -219,6 +238,7 @@ class ArrayRecording(PartedRecording):
         """Without the arrays that would be at the rate of far longer ones in their group."""
         shared = [one for one in signals if "sampling_rate" not in one.attributes]
         kept: list[StoredArray] = []
+        upright: list[str] = []
         for one in signals:
             beside = (other for other in shared if other.group == one.group)
             other = max(beside, key=lambda each: max(each.shape), default=one)
@@ -230,11 +250,17 @@ class ArrayRecording(PartedRecording):
                 )
                 continue
             if len(one.shape) == 2 and one.shape[0] > one.shape[1]:
-                raise RecordingError(
-                    f"{self.path}: {one.path} has shape {one.shape}; (channels, samples) is right"
-                )
-            kept.append(one)
+                upright.append(f"{one.path} has shape {one.shape}; (channels, samples) is right")
+            else:
+                kept.append(one)
+        if upright and not kept:
+            raise RecordingError(f"{self.path}: {upright[0]}")
+        self.notes += tuple(f"{text}: left out" for text in upright)
         return kept
+
+    def _even(self, one: StoredArray, tree: Tree, rate: float) -> _Even:
+        names, units = self._titles(one, tree)
+        return _Even(self.path, one, names, units, rate)
 
     def _note_settings(self, tree: Tree, signals: list[StoredArray]) -> None:
         """Names and units that stand in a group are for an array `data` in it or below."""
@@ -340,16 +366,32 @@ class ArrayRecording(PartedRecording):
         members: list[StoredArray],
         tree: Tree,
         given: float | None,
-    ) -> _Timed:
-        """Arrays on their clock, which must agree with a sampling_rate that the file gives them too."""
+    ) -> _Timed | dict[str, float]:
+        """Arrays on their clock, which must agree with a sampling_rate that the file gives them too.
+        Of a clock that is none, with a note, the arrays' rates as far as they are known."""
         clock.check()
         rates = {one.path: rate for one in members if (rate := self._rate(one, tree)) is not None}
         titles = [self._titles(one, tree) for one in members]
-        part = _Timed(self.path, clock, time, members, titles)
+        stated = next(iter(rates.values()), None)
+        part = _Timed(self.path, clock, time, members, titles, stated)
+        if stated is not None and time.column.seconds is None and clock.kind in "iuf":
+            part.infer_unit(self._first(clock), stated)
         try:
-            part._survey(next(iter(rates.values()), given))
-        except OtherRateError:
-            if not rates:
+            part._survey(stated or given)
+        except RecordingError as error:
+            broken = part.broken() if rates else None
+            if broken is not None:
+                for rate in set(rates.values()):
+                    check_rate(self.path, given, [rate])
+                self.notes += (f"{clock.path} {broken}: no clock, sampling_rate stands in for it",)
+                alike = dict.fromkeys((one.path for one in members), stated or 1.0)
+                return {**(alike if len(set(rates.values())) == 1 else {}), **rates}
+            if rates and part._unit is None:
+                raise RecordingError(
+                    f"{self.path}: sampling_rate {stated:g} of {next(iter(rates))} contradicts the "
+                    f"times in {clock.path}, in whatever unit; one of the two is right"
+                ) from error
+            if not rates or not isinstance(error, OtherRateError):
                 raise
         own = part._clock.sampling_rate
         for name, rate in rates.items():
@@ -497,34 +539,50 @@ class _Packing:
     https://cfconventions.org/cf-conventions/cf-conventions.html#packed-data
     """
 
-    scale: float = 1.0
-    offset: float = 0.0
-    fills: tuple[float, ...] = ()
+    scale: Array  # (C,), as all of these
+    offset: Array
+    fills: tuple[Array, ...]
 
     @classmethod
     def of(cls, path: Path, one: StoredArray) -> _Packing:
-        """By the array's attributes; a RecordingError where they are no numbers."""
-        found: dict[str, float] = {}
+        """By the array's attributes, each one number or one a channel; a RecordingError where they
+        are not, or no samples come of them."""
+        count = 1 if len(one.shape) == 1 else one.shape[0]
+        found: dict[str, Array] = {"scale_factor": np.ones(count), "add_offset": np.zeros(count)}
         for name in (name for name in _PACKING if name in one.attributes):
             value = one.attributes[name]
             try:
-                found[name] = float(np.asarray(value).reshape(()))
+                numbers = np.asarray(value, dtype=np.float64).reshape(-1)
             except (TypeError, ValueError):
-                # xarray writes a float's fill value as base64 in Zarr: it is NaN in the data too
-                if name in _PACKING[:2]:
+                numbers = np.empty(0)
+            if name in _PACKING[:2]:
+                what = "a number is right" if count == 1 else "a number, or one a channel, is right"
+                if numbers.size not in (1, count):
+                    raise RecordingError(f"{path}: {name} of {one.path} is {_short(value)}; {what}")
+                if not np.isfinite(numbers).all() or (name == "scale_factor" and 0 in numbers):
                     raise RecordingError(
-                        f"{path}: {name} of {one.path} is {str(value)[:60]!r}; a number is right"
-                    ) from None
+                        f"{path}: {name} of {one.path} is {_short(value)}: no sample can be told by it"
+                    )
+            if numbers.size in (1, count):
+                # xarray writes a float's fill value as base64 in Zarr: it is NaN in the data too
+                found[name] = np.broadcast_to(numbers, count)
         fills = tuple(found[name] for name in _PACKING[2:] if name in found)
-        return cls(found.get("scale_factor", 1.0), found.get("add_offset", 0.0), fills)
+        return cls(found["scale_factor"], found["add_offset"], fills)
 
-    def physical(self, data: NDArray[Any]) -> Array:
+    def physical(self, data: NDArray[Any], row: int) -> Array:
+        """Samples of one of the array's channels."""
         values = finite(data)
         for fill in self.fills:
-            values[data == fill] = np.nan
-        if (self.scale, self.offset) != (1.0, 0.0):
-            values = values * self.scale + self.offset
+            values[data == fill[row]] = np.nan
+        scale, offset = float(self.scale[row]), float(self.offset[row])
+        if (scale, offset) != (1.0, 0.0):
+            values = values * scale + offset
         return values
+
+
+def _short(value: Any) -> str:
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return repr(plain)[:60]
 
 
 class _Even(Recording):
@@ -544,7 +602,9 @@ class _Even(Recording):
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         size = max(1, round(seconds * self.channels[0].sampling_rate))
         pieces = _rows(self.path, self._one, channels, _step(self._one))
-        return rechunk(([self._packing.physical(data) for data in piece] for piece in pieces), size)
+        return rechunk(
+            (list(map(self._packing.physical, piece, channels)) for piece in pieces), size
+        )
 
 
 class _Timed(TableRecording):
@@ -557,8 +617,10 @@ class _Timed(TableRecording):
         time: _Time,
         members: list[StoredArray],
         titles: list[tuple[list[str], list[str]]],
+        stated: float | None,
     ) -> None:
         self.path = path
+        self._stated = stated  # Hz, what the file says beside its times
         self._first_row = 0
         self._clock_array = clock
         self._titles = []
@@ -576,9 +638,84 @@ class _Timed(TableRecording):
         """Seconds that the clock shows at the first row; since 1970, where it is known since when."""
         return (self._since or 0.0) + float(self._origin) * float(self._unit or 1.0)
 
+    def infer_unit(self, times: Array, stated: float) -> None:
+        """The unit of the first times by the file's own rate, if one makes them about as fast. The
+        units are too far apart for a jittered or a coarse clock to have two."""
+        assert self._time is not None
+        times = times[np.isfinite(times)]
+        steps = np.abs(np.diff(times))
+        moved = steps[steps > 0]
+        if not moved.size or wall_unit(float(times[0])) is not None:
+            return
+        median = float(np.median(moved))
+        if (
+            median == 1 and moved.size == steps.size
+        ):  # a count of rows, or what `clock` takes it for
+            return
+        for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
+            for step in (float(steps.mean()), median * moved.size / steps.size):
+                if abs(step * unit * stated - 1) <= 0.25:
+                    title = self._time.title
+                    self._time = replace(self._time, seconds=unit)
+                    self.notes += (
+                        f"times in column {title!r} are read as {name}, by sampling_rate",
+                    )
+                    return
+
+    def broken(self) -> str | None:
+        """Why the times can be no clock; None where they can."""
+        row, moves = 0, False
+        last: NDArray[Any] | None = None
+        for (times,) in _rows(self.path, self._clock_array, [0], _step(self._clock_array)):
+            missing = np.isnat(times) if times.dtype.kind in "Mm" else ~np.isfinite(times)
+            if missing.any():
+                return f"has no time in row {row + int(np.argmax(missing))}"
+            before = np.concatenate([times[:1] if last is None else last, times[:-1]])
+            if (times < before).any():
+                return f"goes back in row {row + int(np.argmax(times < before))}"
+            moves = moves or bool((times > before).any())
+            row, last = row + times.size, times[-1:]
+        return None if moves else "does not move"
+
+    def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
+        """An uneven clock's rows are put on a grid at the rate that the file states, if that is one
+        of its own: its median is rounded where it is written to whole milliseconds."""
+        clock = super()._read_clock(column, given)
+        if self._stated is None or clock.even or clock.tick:
+            return clock
+        intervals = Intervals()
+        rows, close, span, last = 0, 0, 0, 0
+        for times in self._nanoseconds(False, None):
+            steps = np.diff(times, prepend=last)[0 if rows else 1 :]
+            intervals.add(steps[steps > 0])
+            near = steps[steps <= clock.gap]
+            close, span = close + near.size, span + int(near.sum())
+            rows += times.size
+            last = int(times[-1]) if times.size else last
+        low, high = intervals.percentiles(5, 95)
+        period = 1e9 / self._stated
+        mean = span / close if close else 0.0  # gaps apart
+        if not (
+            low <= period <= high
+            or abs(mean / period - 1) <= _MEAN
+            or abs(clock.sampling_rate / self._stated - 1) <= 0.01
+        ):
+            return clock
+        samples = int(last / period + 1e-6) + 1
+        self._check_length(samples, rows, self._stated, last)
+        said = f"resampled to sampling_rate {self._stated:g} Hz"
+        self.notes = tuple(
+            re.sub(r"resampled to its median rate \S+ Hz", said, note) for note in self.notes
+        )
+        return replace(clock, sampling_rate=self._stated, samples=samples)
+
     def _survey(self, given: float | None) -> None:
         with refusing(self.path):
             super()._survey(given)
+        if self._stated is not None:  # which was `given` then
+            self.notes = tuple(
+                note.replace("--rate is its", "sampling_rate is its") for note in self.notes
+            )
         if self._since is not None and wall_clock(self.origin):
             self.start_time = datetime.fromtimestamp(self.origin, UTC)
         self._opened = True
@@ -606,7 +743,8 @@ class _Timed(TableRecording):
             columns: list[Array] = [np.empty(0)] * len(channels)
             for (name, places), stream in zip(wanted.items(), streams, strict=True):
                 for place, data in zip(places, next(stream), strict=True):
-                    columns[place] = self._packing[name].physical(data)
+                    row = self._sources[channels[place]][1]
+                    columns[place] = self._packing[name].physical(data, row)
             if clock is None:
                 yield np.zeros(min(step, length - start)), columns
             else:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,26 @@ _UNITS = {
     "nanos": 1e-9,
     "nanoseconds": 1e-9,
 }
+LONG_UNITS = {
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hr": 3600.0,
+    "hour": 3600.0,
+    "d": 86400.0,
+    "day": 86400.0,
+}
+"""In the singular; those above have their plurals."""
+# In a name, not in brackets, the singular may be a part of a date: "timestamp_hour".
+_LONG_NAMES = {"min": 60.0, "mins": 60.0, "minutes": 60.0, "h": 3600.0, "hrs": 3600.0} | {
+    "hours": 3600.0,
+    "days": 86400.0,
+}
+# Units of time in brackets that no recording counts in, or that may be two.
+_UNKNOWN_UNITS = {
+    *("m", "w", "week", "weeks", "month", "months", "y", "yr", "yrs", "year", "years"),
+    *("ds", "cs", "centiseconds", "deciseconds", "ps", "picoseconds", "fs"),
+}
 _NAMES = {
     "t",
     "time",
@@ -62,6 +83,12 @@ _WHOSE = {
     *("recording", "sample", "local", "utc", "gmt", "unix", "posix", "epoch", "iso", "wall"),
     *("relative", "rel", "absolute", "abs", "elapsed"),
 }
+# Names of two words that are a time's as much as one is; one that only says whose time it is may be a
+# sensor's own count, or a fix of GPS now and then.
+_OWN = {
+    *("elapsed time", "unix time", "unix timestamp", "utc time", "local time", "system time"),
+    "recording time",
+}
 # These make a "ts" or an "epoch" a time.
 _SINCE_1970 = {"unix", "posix", "utc", "gmt", "local", "iso", "time", "timestamp", "elapsed"}
 # Words by which a name may speak of time. Then the values decide (columns.py).
@@ -85,11 +112,21 @@ class TimeColumn:
         title: as the file has it.
         seconds: the unit; None where the title names none.
         sure: the title is a time's and nothing else's. A "t" may be a temperature.
+        weak: a time, but perhaps not the rows': the title says whose it is ("sensor_time"), or is
+            none of a time's.
+        strange: what the title has for a unit of time that is not known here.
     """
 
     title: str
     seconds: float | None
     sure: bool = True
+    weak: bool = False
+    strange: str = ""
+
+    @property
+    def local(self) -> bool:
+        """Counted from 1970 on a clock of some zone: no moment that is known."""
+        return not {"local", "localtime"}.isdisjoint(name_words(self.title))
 
 
 def name_words(title: str) -> list[str]:
@@ -111,25 +148,33 @@ def time_column(title: str) -> TimeColumn | None:
     words = ["epoch" if word == "epoc" else word for word in _own_words(name_words(match[1]))]
     # "time (UTC)" says nothing about the unit
     bracket = None if match[2] is None else match[2].casefold()
-    unit = _UNITS.get(bracket or "")
+    unit = _bracket_unit(bracket or "")
+    strange = bracket if bracket in _UNKNOWN_UNITS else ""
     if len(words) == 1 and words[0] in _UNIT_NAMES and bracket is None:
         return TimeColumn(title, _UNITS[words[0]])
     by_name = ""
-    if len(words) > 1 and words[-1] in _UNITS:
+    named = _UNITS | _LONG_NAMES
+    if len(words) > 1 and words[-1] in named:
         *words, by_name = words
-    elif len(words) > 1 and words[0] in _UNIT_NAMES:
+    elif len(words) > 1 and words[0] in _UNIT_NAMES | {"minutes", "hours", "days"}:
         by_name, *words = words
-    unit = _UNITS.get(by_name) if unit is None else unit
+    unit = named.get(by_name) if unit is None else unit
     # upper case is a temperature, whatever stands below it: T, T_s
     if words == ["t"] and title.lstrip().startswith("T") and (unit is None or by_name == "s"):
         return None
     if len(words) == 1 and words[0] in _NAMES:
-        return TimeColumn(title, unit, unit is not None or words[0] not in _AMBIGUOUS)
+        sure = unit is not None or words[0] not in _AMBIGUOUS
+        return TimeColumn(title, unit, sure, strange=strange)
     said = set(words)
     if not said & _TIMES or not said <= _TIMES | _WHOSE:
         return None
     sure = unit is not None or bool(said & (_TIMES - _AMBIGUOUS)) or bool(said & _SINCE_1970)
-    return TimeColumn(title, unit, sure)
+    return TimeColumn(title, unit, sure, " ".join(words) not in _OWN, strange)
+
+
+def _bracket_unit(word: str) -> float | None:
+    long = LONG_UNITS.get(word.removesuffix("s") if len(word) > 2 else word)
+    return _UNITS.get(word, long)
 
 
 def _own_words(words: list[str]) -> list[str]:
@@ -151,20 +196,21 @@ def _own_words(words: list[str]) -> list[str]:
 
 def choose_clock(
     candidates: Sequence[TimeColumn],
-    times: Sequence[NDArray[np.float64] | None],
+    times: Sequence[NDArray[np.float64] | NDArray[np.datetime64] | None],
     given: float | None,
 ) -> tuple[int | None, list[int]]:
     """Which of a table's time columns is its clock, and which are none.
 
-    In this order: a column that never goes back, that moves, whose title is a time's and nothing
-    else's, whose steps are regular, whose unit is known, that stands further left. A column whose
-    title may mean something else ("t") has to be a clock by its values: it never goes back, moves,
-    and is of wall-clock size, or its steps are regular, without repeats; with the user's rate they
-    are all but equal.
+    In this order: a column that is full, that never goes back, that moves, that gives each row a time
+    of its own, whose title is a time's and nothing else's, whose steps are regular, whose unit is
+    known, whose title is not weak, that stands further left. A column whose title may mean something
+    else ("t") has to be a clock by its values: it never goes back, moves, and is of wall-clock size, or
+    its steps are regular, without repeats; with the user's rate they are all but equal.
 
     Args:
         candidates: from left to right.
-        times: the first values of each; None for wall-clock times, which are what they are.
+        times: the first values of each, of wall-clock times as datetime64; None for such as are what
+            they are.
         given: the user's --rate.
 
     Returns:
@@ -173,29 +219,45 @@ def choose_clock(
     ranks: list[tuple[bool, ...]] = []
     channels: list[int] = []
     for place, (column, values) in enumerate(zip(candidates, times, strict=True)):
-        forward = moves = regular = known = steady = True
+        full = forward = moves = fine = regular = known = steady = True
         if values is not None:
+            dated = values.dtype.kind == "M"
+            values = _seconds(values)
+            full = values.size > 0 and bool(np.isfinite(values).all())
             values = values[np.isfinite(values)]
             steps = np.diff(values)
             moved = np.abs(steps[steps != 0])
             forward, moves = not (steps < 0).any(), moved.size > 0
             if moves:
+                fine = steps.size < FINE * moved.size
                 low, median, high = np.percentile(moved, [5, 50, 95])
                 regular = median / 4 <= low and high <= 4 * median
                 first = float(values[0])
-                wall = wall_unit(first) is not None
+                wall = dated or wall_unit(first) is not None
                 known = wall or column.seconds is not None
                 even = given is None or high - low <= 0.1 * median
                 steady = wall or (regular and even and steps.size < SHARED * moved.size)
-        ranks.append((forward, moves, column.sure, regular, known))
+        ranks.append((full, forward, moves, fine, column.sure, regular, known, not column.weak))
         if not column.sure and not (forward and moves and steady):
             channels.append(place)
     clocks = [place for place in range(len(candidates)) if place not in channels]
     return max(clocks, key=lambda place: ranks[place], default=None), channels
 
 
+def _seconds(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Wall-clock times in seconds after the first, NaN where missing; numbers as they are."""
+    if values.dtype.kind != "M":
+        return values
+    there = values[~np.isnat(values)]
+    if not there.size:
+        return np.full(values.size, np.nan)
+    return np.asarray((values - there[0]) / np.timedelta64(10**9, "ns"), dtype=np.float64)
+
+
 _PLAUSIBLE_HZ = 4.0
 _SLOWEST = 60.0  # s; a signal with fewer samples would not be one
+FINE = 1.2
+"""Rows to a time, up to which they are repeats of a clock that is as fine as its rows."""
 SHARED = 1.9
 """Rows to a time, from which on a clock's resolution is coarser than its rows."""
 
@@ -228,13 +290,19 @@ def infer_unit(
         rate: the user's --rate.
 
     Raises:
-        RecordingError: nothing tells which of two units it is.
+        RecordingError: nothing tells which of two units it is, or it is none that is known.
     """
     if column.seconds is not None:
         return column.seconds
     wall = wall_unit(float(times[0]))
     if wall is not None:
         return wall
+    if column.strange:
+        raise RecordingError(
+            f"{path}: times in column {column.title!r} have a unit that is not known; ns, us, ms, s, "
+            f"min, h and days are"
+        )
+    advice = "pass --rate, or name" if rate is None else f"--rate {rate:g} is neither; name"
     steps = np.diff(times)
     moved = np.abs(steps[steps != 0])
     interval = float(np.median(moved))
@@ -247,11 +315,12 @@ def infer_unit(
         for unit in (1.0, 1e-3, 1e-6, 1e-9) if mean != 1 and rate is not None else ():
             if abs(1 / (mean * unit) / (rate or 1.0) - 1) <= 0.01:
                 return unit
-        if rate is not None and shared > 1:
+        # a row that is there twice
+        if rate is not None and steps.size - moved.size > max(1, 0.01 * moved.size):
             raise RecordingError(
-                f"{path}: times in column {title} step by 1 and repeat: no count of rows, and "
-                f"{1 / mean:.4g} Hz in s, {1e3 / mean:.4g} Hz in ms; pass that --rate, or name the "
-                f"column time_s or time_ms"
+                f"{path}: times in column {title} step by 1 and repeat: {1 / mean:.4g} Hz in s, "
+                f"{1e3 / mean:.4g} Hz in ms, and --rate {rate:g} is neither; name the column time_s or "
+                f"time_ms, or row if it counts rows"
             )
         if rate is None:
             raise RecordingError(
@@ -272,7 +341,7 @@ def infer_unit(
             raise RecordingError(
                 f"{path}: times in column {title} step by {interval:g}: "
                 f"{names[unit]} ({1 / period:.4g} Hz) or {names[finer]} ({1e3 / period:.4g} Hz)? "
-                f"pass --rate, or name the column time_{names[unit]} or time_{names[finer]}"
+                f"{advice} the column time_{names[unit]} or time_{names[finer]}"
             )
     return 1e-9
 

@@ -19,9 +19,7 @@ _COUNTERS = {
     *("number", "num", "no", "nr", "id", "count", "rowid", "samplenumber", "sampleindex"),
 }
 """Words of which the name of a count of rows is made: "Sample Index", "packet_no", "index"."""
-_REGULAR = (
-    0.9  # of a count's steps are the same; the others wrap around, or leave out what was lost
-)
+_REGULAR = 0.9  # of a count's steps are 1; the others wrap around, or leave out what was lost
 _PACE = 0.01
 """Of the recording, by which a column whose name speaks of time may stray from the clock."""
 _WALL_PACE, _WALL_LATE = 0.05, 5.0
@@ -44,8 +42,7 @@ class Column:
         self._watched = True
         self._rises = True
         self._last: float | None = None
-        self._step: float | None = None  # of a count
-        self._steps = self._same = 0
+        self._steps = self._ones = 0  # of a count
         self._whole = True
         self._points: list[tuple[NDArray[np.generic], Array]] = []
         self.size = 0
@@ -75,9 +72,8 @@ class Column:
         self._last = float(present[-1])
         self._rises = self._rises and not (steps < 0).any()
         if self._counter and steps.size:
-            self._step = float(np.median(steps)) if self._step is None else self._step
             self._steps += steps.size
-            self._same += int((steps == self._step).sum())
+            self._ones += int((steps == 1).sum())
             self._whole = self._whole and bool((present == np.rint(present)).all())
         self._watched = self._rises or self._counter
         if not self._watched:
@@ -87,13 +83,13 @@ class Column:
         self._points.append((times[places], values[places]))
 
     def counts(self) -> bool:
-        """Whether it counts rows: a name that says so, and whole steps that are all but equal."""
+        """Whether it counts rows: a name that says so, and whole numbers that go up by 1 but for a few.
+        What goes up by 2 a row counts something else, as far as can be known."""
         return (
             self._counter
             and self._whole
-            and (self._step or 0.0) > 0
             and self._steps >= _FEWEST - 1
-            and self._same >= _REGULAR * self._steps
+            and self._ones >= _REGULAR * self._steps
         )
 
     def is_clock(self, origin: float | int, unit: float) -> bool:

@@ -93,18 +93,23 @@ def with_units(rows: Sequence[Sequence[str]], is_value: Callable[[str], bool]) -
     """The header with the units of a second row, or None if that row is none of units.
 
     It is one where no cell is a number, every cell is empty or a short word, half of them units that
-    are known, and numbers stand below.
+    are known, and a number stands below one of these: a lone W over text is awake, not watt.
+    A missing value is no unit, though it may stand among units: (mV, n/a).
     """
     header, second, third = rows[:3]
     units = [cell.strip() for cell in second]
-    said = [unit for unit in units if unit]
+    nothing = ("n/a", "na", "none")
+    said = [unit for unit in units if unit and unit.casefold() not in nothing]
+    known = [i for i, unit in enumerate(units) if unit in said and _UNIT.fullmatch(unit)]
     if (
         len(second) != len(header)
         or not said
-        or any(is_value(unit) and unit.casefold() not in ("n/a", "na", "none") for unit in said)
+        or any(map(is_value, said))
         or any(len(unit) > 16 or re.search(r"\d{2}", unit) for unit in said)
-        or 2 * sum(_UNIT.fullmatch(unit) is not None for unit in said) < len(said)
-        or not any(is_value(cell) and cell.strip() for cell in third)
+        or 2 * len(known) < len(said)
+        or not any(
+            is_value(third[i]) and re.search(r"\d", third[i]) for i in known if i < len(third)
+        )
     ):
         return None
     plain = [re.sub(r"^[\[(](.*)[\])]$", r"\1", unit) for unit in units]

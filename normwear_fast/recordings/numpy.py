@@ -182,7 +182,10 @@ class NpzRecording(ArrayRecording):
         try:
             with zipfile.ZipFile(path) as file:
                 members = [self._member(file, info) for info in file.infolist()]
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        except (
+            *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
+            UnicodeDecodeError,  # a damaged name
+        ) as error:
             raise RecordingError(f"{path}: is no NPZ file: {one_line(error)}") from error
         counts = Counter(one.path for one in members)
         twice = [name for name, count in counts.items() if count > 1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import Array, register, split_units
-from normwear_fast.recordings.clock import Midnight, TimeColumn, choose_clock, time_column
+from normwear_fast.recordings.clock import (
+    Midnight,
+    TimeColumn,
+    choose_clock,
+    time_column,
+    wall_unit,
+)
 from normwear_fast.recordings.table import TableRecording
 
 _BATCH = 65536  # rows
@@ -29,7 +36,7 @@ class ParquetRecording(TableRecording):
 
     def __init__(self, path: Path, *, sampling_rate: float | None = None) -> None:
         import pyarrow as pa
-        from pyarrow import parquet, types
+        from pyarrow import parquet
 
         self.path = path
         try:
@@ -43,25 +50,32 @@ class ParquetRecording(TableRecording):
         if not rows:
             raise RecordingError(f"{path}: holds no rows")
 
-        def temporal(kind: Any) -> bool:
-            return types.is_timestamp(kind) or types.is_duration(kind) or types.is_time(kind)
+        self._survey_on(
+            lambda barred: self._choose(list(schema), sampling_rate, barred),
+            self._survey,
+            sampling_rate,
+        )
+        if self.start_time is None and self._second_start is not None:
+            title, self.start_time = self._second_start
+            self.notes += (f"the start time is the first in column {title!r}",)
 
-        def number(kind: Any) -> bool:
-            return (
-                types.is_integer(kind)
-                or types.is_floating(kind)
-                or types.is_boolean(kind)
-                or types.is_decimal(kind)
-            )
+    def _choose(self, schema: list[Any], given: float | None, barred: Collection[str]) -> bool:
+        """Find the time column and the channels; returns whether there are other time columns."""
+        from pyarrow import types
 
         self._time: TimeColumn | None = None
         self._time_type: Any = None
-        named = [f for f in schema if time_column(f.name) and (number(f.type) or temporal(f.type))]
-        if not named and not any(temporal(field.type) for field in schema):
+        self._second_start: tuple[str, datetime] | None = None
+        schema = [field for field in schema if field.name not in barred]
+        named = [
+            f for f in schema if time_column(f.name) and (_is_number(f.type) or _is_time(f.type))
+        ]
+        if not named and not any(_is_time(field.type) for field in schema):
             # pandas' unnamed index, where it is no count of rows, may be the clock by its values
             named = [f for f in schema if _is_index(f.name) and types.is_floating(f.type)]
         taken = [time_column(f.name) or TimeColumn(f.name, None, sure=False) for f in named]
-        chosen, channels = choose_clock(taken, self._sample(named, temporal), sampling_rate)
+        samples = self._sample(named)
+        chosen, channels = choose_clock(taken, samples, given)
         signals = {named[place].name for place in channels}
         self.notes += tuple(
             f"column {name!r} is not taken for a clock: it is a channel"
@@ -71,13 +85,18 @@ class ParquetRecording(TableRecording):
         clocks = [field for field in named if field.name not in signals]
         clock = None if chosen is None else named[chosen]
         if clock is None:
-            clocks = [field for field in schema if temporal(field.type)]
+            clocks = [field for field in schema if _is_time(field.type)]
             clock = clocks[0] if clocks else None
         if clock is not None:
             self._time_type = clock.type
             self._time = time_column(clock.name) or TimeColumn(clock.name, None)
-            if temporal(clock.type):
-                self._time = TimeColumn(clock.name, _UNIT_SECONDS[clock.type.unit])
+            if _is_time(clock.type):
+                self._time = replace(self._time, seconds=_UNIT_SECONDS[clock.type.unit])
+            for field, column, values in zip(named, taken, samples, strict=True):
+                if field.name == clock.name or field.name in signals or self._second_start:
+                    continue
+                start = _start(field.type, column, values)
+                self._second_start = None if start is None else (field.name, start)
         self._columns: list[str] = []
         self._file_units: list[str] = []
         for field in schema:
@@ -86,36 +105,37 @@ class ParquetRecording(TableRecording):
                     self.notes += (f"column {field.name!r} is a second clock and left out",)
             elif _is_index(field.name):
                 self.notes += (f"pandas index {field.name!r} is left out",)
-            elif number(field.type):
+            elif _is_number(field.type):
                 self._columns.append(field.name)
                 unit = (field.metadata or {}).get(b"unit", b"")
                 self._file_units.append(unit.decode("utf-8", "replace"))
             else:
                 self.notes += (f"column {field.name!r} holds {field.type} and is left out",)
         self._titles = [
-            (name, given or unit)
-            for (name, unit), given in zip(
+            (name, stated or unit)
+            for (name, unit), stated in zip(
                 split_units(self._columns), self._file_units, strict=True
             )
         ]
-        self._survey(sampling_rate)
+        return len(clocks) > 1
 
-    def _sample(
-        self, fields: list[Any], temporal: Callable[[Any], bool]
-    ) -> list[NDArray[np.float64] | None]:
-        """The first values of columns of numbers; None for wall-clock times."""
+    def _sample(self, fields: list[Any]) -> list[NDArray[np.float64] | NDArray[np.datetime64]]:
+        """The first values of columns, of wall-clock times as datetime64."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        numbers = [field.name for field in fields if not temporal(field.type)]
+        if not fields:
+            return []
         try:
             with parquet.ParquetFile(pa.OSFile(os.fsencode(self.path)), pre_buffer=False) as file:
-                batches = file.iter_batches(_SAMPLE, columns=numbers, use_threads=False)
-                batch = next(batches) if len(numbers) > 0 else None
+                batches = file.iter_batches(
+                    _SAMPLE, columns=[field.name for field in fields], use_threads=False
+                )
+                batch = next(batches)
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
             raise RecordingError(f"{self.path}: is damaged: {one_line(error)}") from error
         return [
-            None if batch is None or temporal(f.type) else _floats(batch.column(f.name))
+            _moments(batch.column(f.name)) if _is_time(f.type) else _floats(batch.column(f.name))
             for f in fields
         ]
 
@@ -159,6 +179,60 @@ class ParquetRecording(TableRecording):
                     yield times, [_floats(batch.column(name)) for name in columns]
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
             raise RecordingError(f"{self.path}: is damaged: {one_line(error)}") from error
+
+
+def _is_time(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_timestamp(kind) or types.is_duration(kind) or types.is_time(kind)
+
+
+def _is_number(kind: Any) -> bool:
+    from pyarrow import types
+
+    return (
+        types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_boolean(kind)
+        or types.is_decimal(kind)
+    )
+
+
+def _moments(column: Any) -> NDArray[np.datetime64]:
+    """Times, durations or times of day as datetime64."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    unit = column.type.unit
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    if types.is_time32(column.type):
+        column = column.cast(pa.int32())
+    values = column.cast(pa.int64()).drop_null().to_numpy()
+    if types.is_time(column.type) or column.type == pa.int32():
+        values = Midnight(round(86_400 / _UNIT_SECONDS[unit]))(values)
+    moments = np.full(there.size, np.datetime64("NaT"), dtype=f"datetime64[{unit}]")
+    moments[there] = values.astype(f"datetime64[{unit}]")
+    return moments
+
+
+def _start(
+    kind: Any, column: TimeColumn, values: NDArray[np.float64] | NDArray[np.datetime64]
+) -> datetime | None:
+    """The moment of the first row on a clock that knows the date."""
+    from pyarrow import types
+
+    first = values[0]
+    if isinstance(first, np.datetime64):
+        if not types.is_timestamp(kind) or np.isnat(first):
+            return None
+        start = datetime(1970, 1, 1) + timedelta(
+            microseconds=int(first.astype("datetime64[us]").astype(np.int64))
+        )
+        return start if kind.tz is None else start.replace(tzinfo=UTC)
+    unit = None if column.local or not np.isfinite(first) else wall_unit(float(first))
+    if unit is None:
+        return None
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=float(first) * unit)
 
 
 def _is_index(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.base import Array, Channel, Recording, check_rate, rechunk
+from normwear_fast.recordings.base import (
+    Array,
+    Channel,
+    OtherRateError,
+    Recording,
+    check_rate,
+    rechunk,
+)
 from normwear_fast.recordings.clock import (
     SHARED,
     Clock,
@@ -53,6 +60,44 @@ class TableRecording(Recording):
             (times, columns): raw times of the rows, numbers in the column's unit, or an array of
             the rows' length with anything in it for `time=False`; a float64 array a channel.
         """
+
+    def _survey_on(
+        self,
+        choose: Callable[[Collection[str]], bool],
+        survey: Callable[[float | None], None],
+        given: float | None,
+    ) -> None:
+        """The survey on the clock that is chosen; on the next where a weak one turns out to be none of
+        the rows', or on the user's rate.
+
+        Args:
+            choose: sets `_titles` and `_time`, but for the titles that it is given. Returns whether
+                there are other clocks.
+            survey: as `_survey`.
+            given: the user's --rate.
+        """
+        barred: list[str] = []
+        before = self.notes
+        while True:
+            others = choose(barred)
+            try:
+                survey(given)
+                return
+            except RecordingError as error:
+                if self._time is None or not self._time.weak or (given is None and not others):
+                    raise
+                if isinstance(error, OtherRateError) and self._keeps_time():
+                    raise
+                reason = str(error).removeprefix(f"{self.path}: ").split("; ")[0]
+                barred.append(self._time.title)
+                before += (f"column {self._time.title!r} is no clock and left out: {reason}",)
+                self.notes, self.start_time, self._unit, self._origin = before, None, None, None
+
+    def _keeps_time(self) -> bool:
+        """Whether a clock of another rate than the user's is to be believed: even, in a known unit."""
+        assert self._time is not None
+        dated = wall_clock(float(self._origin) * (self._unit or 0.0))
+        return self._clock.even and (self._time.seconds is not None or dated)
 
     def _survey(self, given: float | None) -> None:
         """Check the whole file; find rows, rate, channels and notes."""
@@ -146,12 +191,14 @@ class TableRecording(Recording):
 
     _unit: float | None = None  # seconds
     _origin: Any = None  # first time, as stored
+    _counting = False  # rows; no rounding blurs those
 
     def _set_unit(self, times: NDArray[Any], given: float | None) -> None:
         assert self._time is not None
         title = repr(self._time.title)
         first = float(times[0])
         unit = infer_unit(self.path, self._time, times.astype(np.float64), given)
+        self._counting = unit is None
         if unit is None:
             assert given is not None
             self._unit = 1 / given
@@ -161,7 +208,7 @@ class TableRecording(Recording):
         if self._time.seconds is None:
             names = {1.0: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
             self.notes += (f"times in column {title} are read as {names[unit]}",)
-        if self.start_time is None and wall_clock(first * unit):
+        if self.start_time is None and wall_clock(first * unit) and not self._time.local:
             self.start_time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=first * unit)
 
     def _relative(self, times: NDArray[Any]) -> NDArray[np.int64]:
@@ -237,7 +284,7 @@ class TableRecording(Recording):
         missed = quantum and last / quantum - (rows - 1)
         lost = missed > 0.5 and quantum >= 0.75 * median and abs(mean / median - 1) <= 0.05
         quantum = max(quantum, round(resolution.spacing * (self._unit or 0.0) * 1e9))
-        if stray <= 0.2 * mean or (stray <= 2 * quantum and not lost):
+        if stray <= 0.2 * mean or (stray <= 2 * quantum and not (lost or self._counting)):
             return Clock(True, self._round_rate(1e9 / mean, rows, last, quantum), rows)
 
         rate = 1e9 / median
@@ -312,7 +359,8 @@ class TableRecording(Recording):
         elif not count:
             raise RecordingError(
                 f"{self.path}: times in column {column.title!r} are written to {tick / 1e9:g} s and "
-                f"change once in {rows} rows: no rate; pass --rate HZ"
+                f"change once in {rows} rows: no rate; "
+                + ("pass --rate HZ" if given is None else f"--rate {given:g} does not fit them")
             )
         self.notes += (
             f"times in column {column.title!r} are written to {tick / 1e9:g} s: {source}",

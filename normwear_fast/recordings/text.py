@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from normwear_fast.recordings.table import TableRecording
 _SAMPLE_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 20
 _NULLS = {"", "nan", "-nan", "na", "n/a", "null", "none", "#n/a", "#na", "<na>"}
+_NULL_CELLS = [*_NULLS, *map(str.upper, _NULLS), "NaN", "-NaN", "None", "Null"]  # for Arrow
+_BLANK = " \t"  # what Arrow trims of a number
 _ISO = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:?\d\d(:?\d\d(\.\d{1,9})?)?)?)?(Z|[+-]\d\d(:?\d\d)?)?")
 _ZONED = re.compile(r".*:.*(Z|[+-]\d\d(:?\d\d)?)")
 # a time of day, or hours since the start
@@ -42,6 +46,7 @@ _DAYTIME = re.compile(
     r"(?P<h>\d{1,3}):(?P<m>[0-5]\d)(?::(?P<s>[0-5]\d)(?:\.(?P<f>\d{1,9}))?)?", re.ASCII
 )
 _DAY = 86_400 * 10**9  # ns
+_HOUR_US = 3_600 * 10**6
 _SEPARATOR_LINE = re.compile(
     r'"?sep=([\t,;]|\\t)"?', re.IGNORECASE
 )  # for Excel; Shimmer writes it too
@@ -78,12 +83,16 @@ class TextRecording(TableRecording):
         columns = [[row[i] for row in body if i < len(row)] for i in range(width)]
         # what the column is called in the reader, where names must differ
         self._names = [f"{i}: {title.strip()}" for i, title in enumerate(header or [""] * width)]
-        self._types: dict[str, Any] = {}
-        kept = self._choose(header, columns, sampling_rate)
-        self._columns = [self._names[i] for i in kept]
-        self._headings = [header[i] if header else "" for i in kept]
-        self._titles = [(self._title(name), "") for name in self._columns]
-        self._survey_columns(sampling_rate)
+
+        def choose(barred: Collection[str]) -> bool:
+            self._types: dict[str, Any] = {}
+            kept, others = self._choose(header, columns, sampling_rate, barred)
+            self._columns = [self._names[i] for i in kept]
+            self._headings = [header[i] if header else "" for i in kept]
+            self._titles = [(self._title(name), "") for name in self._columns]
+            return others
+
+        self._survey_on(choose, self._survey_columns, sampling_rate)
 
     def _header(self, rows: list[list[str]]) -> tuple[list[str] | None, list[list[str]]]:
         """The titles, with their units where a row below has them, or None; and the rows of data.
@@ -91,15 +100,34 @@ class TextRecording(TableRecording):
         A line that begins with % is a comment, or begins with a title such as %SpO2.
         """
         values = all(self._is_value(cell) for cell in rows[0])
-        if values and self._percent and len(self._percent) == len(rows[0]) > 1:
+        if self._is_percent_header(rows[0]):
             return self._percent, rows
         if not values:
             if len(rows) > 2 and (titled := with_units(rows, self._is_value)):
                 return titled, rows[2:]
             return rows[0], rows[1:]
         if is_numbered_header(rows[0], rows[1:]):
+            if rows[0][0].strip():
+                self.notes += (
+                    f"row {self._line_of[0] + 1} ({one_line(self._separator.join(rows[0]), 40)}) is read "
+                    f"as pandas' column numbers, not as a sample",
+                )
             return rows[0], rows[1:]
         return None, rows
+
+    def _is_percent_header(self, first: list[str]) -> bool:
+        """Whether the line above the first, which begins with %, is the header: it has as many cells,
+        and the first line is data. A lone one is a title if it is a word."""
+        if len(self._percent) != len(first):
+            return False
+        if len(first) == 1 and not re.fullmatch(r"%\s?\w+", self._percent[0].strip()):
+            return False
+        # Na is sodium
+        return "" in map(str.strip, first[1:]) or any(
+            cell in _NULL_CELLS or (self._is_value(cell) and cell.casefold() not in _NULLS)
+            for cell in map(str.strip, first)
+            if cell
+        )
 
     def _title(self, name: str) -> str:
         """What a user calls a column: its title, or its place."""
@@ -267,16 +295,25 @@ class TextRecording(TableRecording):
         )
 
     def _choose(
-        self, header: list[str] | None, columns: list[list[str]], given: float | None
-    ) -> list[int]:
-        """Find the time column and the channels; returns the channels' places."""
+        self,
+        header: list[str] | None,
+        columns: list[list[str]],
+        given: float | None,
+        barred: Collection[str],
+    ) -> tuple[list[int], bool]:
+        """Find the time column and the channels.
+
+        Returns:
+            (the channels' places, whether there are other time columns than the clock)
+        """
         import pyarrow as pa
 
         kinds = [self._kind(cells) for cells in columns]
         self._late = {self._names[i] for i, kind in enumerate(kinds) if kind == "empty"}
         index = (header or ["."])[0].strip() in ("", "Unnamed: 0") and kinds[0] == "number"
         counted = index and counts_rows(columns[0])
-        times = self._choose_clock(header, columns, kinds, given, index and not counted)
+        times = self._choose_clock(header, columns, kinds, given, index and not counted, barred)
+        others = len([i for i in times if self._title(self._names[i]) not in barred]) > 1
         kept = []
         for i, kind in enumerate(kinds):
             title = self._title(self._names[i])
@@ -289,7 +326,7 @@ class TextRecording(TableRecording):
             else:
                 kept.append(i)
                 self._types[self._names[i]] = pa.string() if kind == "empty" else pa.float64()
-        return kept
+        return kept, others
 
     def _choose_clock(
         self,
@@ -298,6 +335,7 @@ class TextRecording(TableRecording):
         kinds: list[str],
         given: float | None,
         index: bool,
+        barred: Collection[str],
     ) -> dict[int, TimeColumn]:
         """Find the time column, and the start time where only another clock tells it.
 
@@ -307,6 +345,7 @@ class TextRecording(TableRecording):
             kinds: theirs.
             given: the user's --rate.
             index: the first column, which has no name, may be the clock by its values.
+            barred: titles of such as turned out to be none.
 
         Returns:
             All time columns by their places.
@@ -316,11 +355,13 @@ class TextRecording(TableRecording):
         self._time: TimeColumn | None = None
         self._time_name = ""
         self._second_start: tuple[str, datetime] | None = None
-        times = {
+        every = {
             i: found
             for i, title in enumerate(header or [])
             if (found := time_column(title.strip())) is not None
         }
+        times = {i: found for i, found in every.items() if found.title not in barred}
+        out = {i: found for i, found in every.items() if found.title in barred}
         if index and not times:
             times[0] = TimeColumn(self._title(self._names[0]), None, sure=False)
         clock, channels = choose_clock(
@@ -333,10 +374,14 @@ class TextRecording(TableRecording):
             if kinds[i] == "number" and header and header[i].strip():
                 self.notes += (f"column {found.title!r} is not taken for a clock: it is a channel",)
         for i, kind in enumerate(kinds):
-            # without a name, wall-clock times still are what they are
-            if kind == "time" and not times:
-                times[i] = TimeColumn(header[i] if header else f"column {i + 1}", None)
-                titles, clock = [(i, times[i])], 0
+            # without a name, wall-clock times still are what they are, if they run
+            if kind == "time" and not times and i not in out:
+                unnamed = TimeColumn(self._title(self._names[i]), None, weak=True)
+                if unnamed.title in barred:
+                    out[i] = unnamed
+                elif self._runs(columns[i]):
+                    times[i] = unnamed
+                    titles, clock = [(i, times[i])], 0
         if clock is not None:
             i, found = titles[clock]
             if kinds[i] == "text":
@@ -354,9 +399,11 @@ class TextRecording(TableRecording):
             if self._names[i] != self._time_name:
                 self.notes += (f"column {found.title!r} is a second clock and left out",)
                 if self._second_start is None and columns[i]:
-                    start = self._wall_clock(columns[i][0].strip())
+                    cell = columns[i][0].strip()
+                    local = found.local and self._is_number(cell)
+                    start = None if local else self._wall_clock(cell)
                     self._second_start = None if start is None else (found.title, start)
-        return times
+        return times | out
 
     def _wall_clock(self, cell: str) -> datetime | None:
         """The moment that a time with a date, or seconds and the like since 1970, is."""
@@ -371,11 +418,26 @@ class TextRecording(TableRecording):
             return None  # more digits than datetime takes
         return start.astimezone(UTC) if start is not None and _ZONED.fullmatch(cell) else start
 
-    def _times(self, cells: list[str], kind: str) -> NDArray[np.float64] | None:
-        """The numbers of a time column's sample, none for text; None for wall-clock times."""
-        if kind not in ("number", "empty"):
-            return None if kind == "time" else np.empty(0)
+    def _times(self, cells: list[str], kind: str) -> NDArray[np.float64] | NDArray[np.datetime64]:
+        """The numbers of a time column's sample, none for text, or its wall-clock times."""
+        if kind == "time":
+            return _moments(cells)
+        if kind == "text":
+            return np.empty(0)
         return np.array([self._number(cell) if self._is_number(cell) else np.nan for cell in cells])
+
+    def _runs(self, cells: list[str]) -> bool:
+        """Whether wall-clock times are a clock's: all there, never back but for midnight, and moving.
+        A pace of 5:32 or a lap of 0:45 is written as they are."""
+        times = _moments(cells)
+        days = [_daytime(cell) for cell in cells]
+        falls = [(a, b) for a, b in pairwise(days) if a is not None and b is not None and b < a]
+        return bool(
+            not np.isnat(times).any()
+            and (np.diff(times) >= np.timedelta64(0)).all()
+            and times[-1] > times[0]
+            and all(a >= 23 * _HOUR_US and b < _HOUR_US for a, b in falls)
+        )
 
     def _kind(self, cells: list[str]) -> str:
         """ "number", "time", "text" or "empty": text if not one cell of the sample is a value."""
@@ -392,7 +454,7 @@ class TextRecording(TableRecording):
         import pyarrow as pa
 
         first = next(cell.strip() for cell in cells if cell.strip())
-        self._time = TimeColumn(column.title, 1e-9)
+        self._time = replace(column, seconds=1e-9)
         if _DAYTIME.fullmatch(first):
             self._types[self._time_name] = pa.time64("ns")
             return
@@ -471,7 +533,7 @@ class TextRecording(TableRecording):
             return _floats(column)
         if column.null_count == len(column):
             return np.full(len(column), np.nan)
-        column = compute.utf8_trim_whitespace(column)
+        column = compute.utf8_trim(column, _BLANK)
         if self._decimal == ",":
             column = compute.replace_substring(column, ",", ".")
         try:
@@ -495,7 +557,6 @@ class TextRecording(TableRecording):
         import pyarrow as pa
         from pyarrow import csv as reader
 
-        nulls = [*_NULLS, *map(str.upper, _NULLS), "NaN", "-NaN", "None", "Null"]
         try:
             with reader.open_csv(
                 pa.OSFile(os.fsencode(self.path)),  # a name need not be UTF-8
@@ -518,7 +579,7 @@ class TextRecording(TableRecording):
                     },
                     include_columns=list(dict.fromkeys(wanted)),
                     decimal_point=self._decimal,
-                    null_values=nulls,
+                    null_values=_NULL_CELLS,
                     strings_can_be_null=True,
                 ),
             ) as batches:
@@ -560,6 +621,35 @@ class _TextError(RecordingError):
     def __init__(self, reason: str, column: str) -> None:
         super().__init__(reason)
         self.column = column
+
+
+def _daytime(cell: str) -> int | None:
+    """A time of day, us."""
+    match = _DAYTIME.fullmatch(cell.strip())
+    if match is None:
+        return None
+    seconds = int(match["h"]) * 3600 + int(match["m"]) * 60 + int(match["s"] or 0)
+    return seconds * 10**6 + int((match["f"] or "").ljust(6, "0")[:6])
+
+
+def _moments(cells: list[str]) -> NDArray[np.datetime64]:
+    """Wall-clock times to a microsecond, those of day without a date going on past midnight."""
+    moments = np.full(len(cells), np.datetime64("NaT"), dtype="datetime64[us]")
+    days = {i: at for i, cell in enumerate(cells) if (at := _daytime(cell)) is not None}
+    if days:
+        times = Midnight(_DAY // 1000)(np.array(list(days.values()), dtype=np.int64))
+        moments[list(days)] = times.astype("datetime64[us]")
+        return moments
+    for i, cell in enumerate(map(str.strip, cells)):
+        try:
+            moment = datetime.fromisoformat(cell) if _ISO.fullmatch(cell) else None
+        except ValueError:
+            continue
+        if moment is not None and moment.tzinfo is not None:
+            moment = moment.astimezone(UTC).replace(tzinfo=None)
+        if moment is not None:
+            moments[i] = np.datetime64(moment, "us")
+    return moments
 
 
 def _is_float(cell: str) -> bool:

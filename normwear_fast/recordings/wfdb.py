@@ -154,10 +154,11 @@ class WfdbRecording(Recording):
         if header.fs is None or float(header.fs) != self._rate:
             raise RecordingError(f"{path}: is at {header.fs} Hz in a record of {self._rate:g} Hz")
         signals = _signals(path, header)
+        stored = [signal for signal in signals if signal.storage != _NULL]
         declared: int | None = header.sig_len or None
         frames = [
-            _check_file(path, name, [s for s in signals if s.file == name], header, declared)
-            for name in dict.fromkeys(s.file for s in signals if s.storage != _NULL)
+            _check_file(path, name, [s for s in stored if s.file == name], header, declared)
+            for name in dict.fromkeys(s.file for s in stored)
         ]
         if declared is None and frames:
             return _Segment(start, min(frames), path, signals, self._complete(path, min(frames)))
@@ -370,6 +371,13 @@ def _signals(path: Path, header: Any) -> tuple[_Signal, ...]:
                 first=((header.init_value[i] or 0) - (header.baseline[i] or 0)) / gain,
             )
         )
+    for name in dict.fromkeys(signal.file for signal in signals):
+        storages = list(dict.fromkeys(s.storage for s in signals if s.file == name))
+        if len(storages) > 1 and name != "~":
+            raise RecordingError(
+                f"{path}: signals of {name} have storage formats {' and '.join(storages)}; "
+                f"one for all is right"
+            )
     # wfdb takes a file's signals to be neighbours in the header
     order = [signal.file for signal in signals if signal.storage != _NULL]
     if [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name] != list(
