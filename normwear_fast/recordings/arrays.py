@@ -40,6 +40,7 @@ from normwear_fast.recordings.base import (
     refusing,
 )
 from normwear_fast.recordings.clock import (
+    LONG_UNITS,
     Clock,
     Intervals,
     TimeColumn,
@@ -455,14 +456,6 @@ class ArrayRecording(PartedRecording):
 
 
 _SINCE = re.compile(r"\s*(\w+)\s+since\s+(\S.*?)\s*", re.IGNORECASE)
-_LONG_UNITS = {
-    "min": 60.0,
-    "minute": 60.0,
-    "h": 3600.0,
-    "hour": 3600.0,
-    "d": 86400.0,
-    "day": 86400.0,
-}
 _DATE_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "h": 3600.0, "D": 86400.0}
 
 
@@ -479,7 +472,7 @@ def _time_unit(text: str) -> tuple[float | None, float | None]:
     column = time_column(f"time [{word}]")
     seconds = None if column is None else column.seconds
     if seconds is None:
-        seconds = _LONG_UNITS.get(word.removesuffix("s") if len(word) > 2 else word)
+        seconds = LONG_UNITS.get(word.removesuffix("s") if len(word) > 2 else word)
     if since is None or seconds is None:
         return seconds, None
     # "2000-1-1 0:0:0" is allowed there and not in ISO 8601
