@@ -20,15 +20,19 @@ _MEMBERS = 5_000_000
 _REWRITTEN = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
 
 
+DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
+    UnicodeDecodeError,  # of a member's name
+)
+"""What zipfile and zlib raise on damaged archives."""
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What zipfile and zlib raise on damaged archives, as one line."""
+    """`DAMAGED` as one line."""
     try:
         yield
-    except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
-        UnicodeDecodeError,  # of a member's name
-    ) as error:
+    except DAMAGED as error:
         raise RecordingError(f"{path}: is a damaged zip: {one_line(error)}") from error
 
 

@@ -4,7 +4,6 @@ members are streamed."""
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.recordings.archive import DAMAGED
 from normwear_fast.recordings.arrays import ArrayRecording, StoredArray, Tree, finite
 from normwear_fast.recordings.base import Array, Channel, Recording, register
 
@@ -182,10 +182,7 @@ class NpzRecording(ArrayRecording):
         try:
             with zipfile.ZipFile(path) as file:
                 members = [self._member(file, info) for info in file.infolist()]
-        except (
-            *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
-            UnicodeDecodeError,  # a damaged name
-        ) as error:
+        except DAMAGED as error:
             raise RecordingError(f"{path}: is no NPZ file: {one_line(error)}") from error
         counts = Counter(one.path for one in members)
         twice = [name for name, count in counts.items() if count > 1]
