@@ -489,6 +489,10 @@ def print_report(parts: Found, goals: list[Found]) -> None:
     for name, row in rows_of(parts).items():
         ratio = f"{row['ratio']:8.2f}x" if "ratio" in row else ""
         print(f"{name:40}{row['channel_windows_per_s']:10.1f} channel-windows/s{ratio}")
+    power = parts.get("baselines", {}).get("compiled_reference", {}).get("power", {})
+    for name, drawn in power.items():
+        if drawn and "raised" not in drawn:
+            print(f"{name:40}" + ", ".join(f"{key} {value:.0f}" for key, value in drawn.items()))
     for goal in goals:
         state = {True: "reached", False: "MISSED", None: "not measured"}[goal["reached"]]
         value = "" if goal["value"] is None else f"{goal['value']:.4g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import chart, devices, encoder_gpu, gpu_check, kernel_report
+from bench import chart, devices, encoder_gpu, gpu_check, kernel_report, power
 from bench.kernels import measure
 from normwear_fast import NormWearConfig, backends, operators
 from normwear_fast.gpu import GpuEncoder
@@ -122,13 +123,44 @@ def test_right_and_fast_sections(bench, monkeypatch, tmp_path) -> None:
     assert len(rows) == 4
     baselines = parts["baselines"]
     over = baselines["compiled_reference"]["ratio"]
-    assert rows["encode bfloat16"]["ratio"] == over
+    assert rows["encode bfloat16"]["ratio"] == pytest.approx(over)
     slow = rows["one window at a time"]["ratio"]
     assert over / slow == pytest.approx(baselines["one_at_a_time"]["ratio"])
     gpu_check.print_report(parts, goals)
     report = tmp_path / "a-gpu.json"
     gpu_check.write({"machine": gpu_check.machine(), "rows": rows}, report)
     assert chart.draw(report).stat().st_size > 10_000
+
+
+def test_a_baseline_that_is_not_the_model_is_told(bench, monkeypatch) -> None:
+    def compiled(reference: Any, optimized_cwt: bool) -> Any:
+        run = encoder_gpu.benchmarks.eager(reference, optimized_cwt)
+        return lambda x: run(x).flip(-1)
+
+    monkeypatch.setattr(encoder_gpu.benchmarks, "compiled", compiled)
+    with pytest.raises(RuntimeError, match="the compiled reference is not the model: worst cosine"):
+        encoder_gpu.compiled_reference(bench)
+
+
+def test_power_counts_samples_after_it_has_settled() -> None:
+    """A program in nvidia-smi's place: its first figures are those of before."""
+    program = """if True:
+        import time
+        print("[N/A], [N/A], [N/A]", flush=True)
+        began = time.monotonic()
+        while True:
+            late = time.monotonic() > began + 0.3
+            print("1500, 690.5, 700" if late else "1980, 90, 700", flush=True)
+            time.sleep(0.01)
+    """
+    command = [sys.executable, "-c", program]
+    calls = []
+    found = power._sampled(lambda: calls.append(time.sleep(0.01)), command, 2.0, 0.5)
+    assert found == {"sm_clock_mhz": 1500, "watts": 690.5, "limit_watts": 700}
+    assert len(calls) > 10
+    with pytest.raises(RuntimeError, match="no samples from"):
+        power._sampled(lambda: None, [sys.executable, "-c", "print('no devices')"], 0.1, 0.1)
+    assert power.drawn(lambda: None, CPU) is None
 
 
 def test_a_step_that_raises_hides_nothing(bench, monkeypatch, tmp_path) -> None:
