@@ -47,7 +47,6 @@ ROWS_CHOICES: Table = {
     80: (
         Choice({"BLOCK_ROWS": 4}, num_warps=4, num_stages=1),
         Choice({"BLOCK_ROWS": 2}, num_warps=2, num_stages=1),
-        Choice({"BLOCK_ROWS": 8}, num_warps=8, num_stages=1),
         Choice({"BLOCK_ROWS": 8}, num_warps=4, num_stages=1),
         Choice({"BLOCK_ROWS": 1}, num_warps=1, num_stages=1),
         Choice({"BLOCK_ROWS": 2}, num_warps=1, num_stages=1),
