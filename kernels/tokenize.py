@@ -11,19 +11,19 @@ BLOCK_M tokens of a column, reads pieces of the series that start 9 samples apar
 by the filters (45 columns, padded to 64), then by the patch weights. Tokens of all sequences that share
 filters stand together in the first dimension: no tile is half empty because a sequence has 43 rows.
 
-Filters are cut where the wavelet is negligible: at the judged shape 4,416 taps in 13 columns are left. A
-row of patches is then 1.7 MFLOP for the first product and 3.8 for the second; 234 channels are 56 GFLOP
+Filters are cut where the wavelet is negligible: at the judged shape 4,608 taps in 13 columns are left. A
+row of patches is then 1.8 MFLOP for the first product and 3.8 for the second; 234 channels are 56 GFLOP
 (a third of it padding), 0.14 ms at 400 TFLOP/s, half an H100's bfloat16 rate. Memory sees 201 MB of
 tokens written, 0.06 ms at 3.35 TB/s, and little else. Weights convolved into the filters beforehand would
-make it one product of 205 GFLOP, and 41 MB of tables for every length in a cohort where these need 0.85.
+make it one product of 205 GFLOP, and 41 MB of tables for every length in a cohort where these need 0.88.
 
 Differences are formed in float32 and padded with zeros afterwards. For TF32 every operand is rounded to
 nearest here, because the tensor cores truncate.
 
-Before that a series' mean is taken out of it, and that many times the scalogram of a constant 1, from a
-table, is where its own sums begin. The wavelets' sums cancel: with operands of 10 bits, raw counts whose
-constant is 250 times what varies on it had embeddings further off than windows of one recording are apart
-(5e-4 of 1 - cosine for 3e-5 to 1.5e-4; 3e-7 now).
+Before that a series' usual mean is taken out of it, and that many times the scalogram of a constant 1,
+from a table, is where its own sums begin. The wavelets' sums cancel: with operands of 10 bits, raw counts
+whose constant is 250 times what varies on it had embeddings further off than windows of one recording are
+apart (5e-4 of 1 - cosine for 3e-5 to 1.5e-4; 3e-7 now).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from normwear_fast.kernels.tuning import Choice, Table, pick
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, segment_tiles, upload
 from normwear_fast.wavelets import (
+    NEGLIGIBLE,
     ScalogramMethod,
     filter_widths,
     scalogram_rows,
@@ -91,16 +92,12 @@ IEEE_CHOICES: Table = {
 }
 """On sm_100 Triton 3.6 spills in every other of these."""
 
-NEGLIGIBLE = 1e-8
-"""Part of a wavelet's peak below which its tails are left out: a sixth of float32's rounding. For the
-Ricker wavelet that is beyond 6.7 scales."""
-
 TAPS_MULTIPLE = 32
 """Filters are padded with zeros to a multiple of this: the largest BLOCK_K."""
 
 KEPT_FILTERS = 641
-"""Filters kept with a model's tables, one for every number of samples up to 640, 0.85 MB each at 390:
-0.44 GB in a cohort that has them all. With fewer, lengths that come in order drop one another before they
+"""Filters kept with a model's tables, one for every number of samples up to 640, 0.88 MB each at 390:
+0.46 GB in a cohort that has them all. With fewer, lengths that come in order drop one another before they
 come again, and each takes the host a millisecond: more than the 48 of a ragged micro-batch on an H100."""
 
 KEPT_ONES = 641
@@ -131,8 +128,12 @@ def series_kernel(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A series less its mean, that, and its two differences, with zeros on either side; the sequence's
-    [CLS] row."""
+    """A series less its constant, that, and its two differences, with zeros on either side; the
+    sequence's [CLS] row.
+
+    The constant is the mean of the values that are no further from the mean of all than twice the mean
+    distance: one fill value a million times the rest would else be what all others are rounded beside.
+    """
     span = spans + 8 * tl.program_id(0)
     source = tl.load(span)
     count = tl.load(span + 1)
@@ -141,11 +142,28 @@ def series_kernel(
     lead = tl.load(span + 4)
     # Every program of a sequence adds up all of it, in the same order. Divided first: counts near
     # float32's largest have a mean too.
+    total = count + 2
     part = tl.zeros((BLOCK,), dtype=tl.float32)
-    for begin in range(0, count + 2, BLOCK):
+    for begin in range(0, total, BLOCK):
         i = begin + tl.arange(0, BLOCK)
-        part += tl.load(series + source + i, mask=i < count + 2, other=0.0) / (count + 2)
-    constant = tl.sum(part, axis=0)
+        part += tl.load(series + source + i, mask=i < total, other=0.0) / total
+    mean = tl.sum(part, axis=0)
+    part = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, total, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        x = tl.load(series + source + i, mask=i < total, other=mean)
+        part += tl.abs(x - mean) / total
+    spread = 2.0 * tl.sum(part, axis=0)
+    part = tl.zeros((BLOCK,), dtype=tl.float32)
+    usual = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, total, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        x = tl.load(series + source + i, mask=i < total, other=0.0)
+        near = (i < total) & (tl.abs(x - mean) <= spread)
+        part += tl.where(near, x / total, 0.0)
+        usual += tl.where(near, 1.0, 0.0)
+    share = tl.sum(usual, axis=0) / total
+    constant = tl.where(share > 0, tl.sum(part, axis=0) / tl.maximum(share, 1.0 / total), mean)
     position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = position - lead
     inside = (n >= 0) & (n < count)

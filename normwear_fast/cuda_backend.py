@@ -21,7 +21,7 @@ from normwear_fast.backends import Backend
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments
-from normwear_fast.wavelets import ScalogramMethod, wavelet_bank
+from normwear_fast.wavelets import NEGLIGIBLE, ScalogramMethod, wavelet_bank
 
 TYPES = {
     torch.float32: 0,
@@ -41,9 +41,6 @@ CHUNK_ROWS = 64
 
 LARGEST_WIDTH = 4096
 """Of a row that residual_norm keeps in registers."""
-
-NEGLIGIBLE = 1e-9
-"""Part of a wavelet's peak below which its tails are left out: a sixtieth of float32's rounding."""
 
 
 def backend() -> Backend:

@@ -28,7 +28,7 @@ from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder
 from normwear_fast.operators import Pool, Tokenizer
 from normwear_fast.packing import Layout, Segments
-from normwear_fast.wavelets import ScalogramMethod, scalogram_rows, wavelet_bank
+from normwear_fast.wavelets import NEGLIGIBLE, ScalogramMethod, scalogram_rows, wavelet_bank
 
 INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Best first. ``amx`` is the tile unit with bfloat16 and int8, whose float32 is three bfloat16 a value
@@ -40,10 +40,6 @@ OPERANDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 CHUNK = 768
 """Columns of fc2 that share one int8 scale a row: the MLP tile that is in cache, so that a row's scale
 needs no second pass. Finer than one scale a row, hence never less exact."""
-
-SUPPORT = 3e-8
-"""A wavelet is cut where it stays below this share of its peak: 6.7 a for the Ricker wavelet, and what
-is lost lies below float32's own rounding."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POOLS = {"mean": 0, "cls": 1, "patch": 2}
@@ -400,7 +396,7 @@ def _filters(
     for first in range(0, num_scales - patch_scales + 1, patch_scales):
         part = bank[first : first + patch_scales]
         peaks = np.abs(part).max(axis=1, keepdims=True)
-        counts = np.flatnonzero((np.abs(part) > SUPPORT * peaks).any(axis=0))
+        counts = np.flatnonzero((np.abs(part) > NEGLIGIBLE * peaks).any(axis=0))
         low, high = (int(counts[0]), int(counts[-1]) + 1) if len(counts) else (0, 0)
         column = np.ascontiguousarray(part[:, low:high].T, dtype=np.float32)
         spans.append((low, high, start, int(np.array_equal(column, column[::-1]))))

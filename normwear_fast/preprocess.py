@@ -57,7 +57,7 @@ def as_float_array(values: ArrayLike) -> NDArray[Any]:
         a masked array masks is NaN. Of a tensor its values: bfloat16, which NumPy lacks, as float32.
 
     Raises:
-        InputError: complex numbers, text, objects.
+        InputError: complex numbers, text, objects, lists of different lengths.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
@@ -66,7 +66,10 @@ def as_float_array(values: ArrayLike) -> NDArray[Any]:
             force=True
         )
     masked = isinstance(values, np.ma.MaskedArray)
-    array: Any = np.ma.asarray(values) if masked else np.asarray(values)
+    try:
+        array: Any = np.ma.asarray(values) if masked else np.asarray(values)
+    except ValueError:
+        raise InputError("values are lists of different lengths; they must be one array") from None
     if array.dtype.kind not in "fiub":
         raise InputError(f"values are {array.dtype}; they must be real numbers")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -206,7 +209,7 @@ def _reference(
         # let a channel's last bits depend on its neighbours.
         time = np.arange(samples) - (samples - 1) / 2
         y = y - y.mean(axis=-1, keepdims=True)
-        slope = (y * time).sum(axis=-1, keepdims=True) / max(float(time @ time), 1.0)
+        slope = (y * time).sum(axis=-1, keepdims=True) / (float(time @ time) or 1.0)
         y = gaussian_filter1d(y - slope * time, 0.02 * target_rate, axis=-1)
         scale = np.abs(y).mean(axis=-1)
         flat = np.asarray(scale <= ROUNDING * largest)

@@ -240,7 +240,7 @@ NORMWEAR_DEVICE double reference(Block& block, const Ingest& call, const double*
              [&](int j) { return (y[j] - mean) * (j - middle); });
     const double squares = over(block, shared.reduce, outputs, 0.0, Plus{},
                                 [&](int j) { return (j - middle) * (j - middle); });
-    const double trend = slope / (squares > 1 ? squares : 1);
+    const double trend = slope / (squares > 0 ? squares : 1);
     block.each([&](int thread) {
         for (int j = thread; j < outputs; j += ingest_threads) {
             z[j] = (y[j] - mean) - trend * (j - middle);

@@ -8,7 +8,7 @@
 //   3. patch projection, 96 outputs at a time, one 32 x 32 piece a warp, plus the template, into the
 //      packed rows: in float32, or by TF32 tensor cores.
 //
-// 176 MFLOP a channel of 390 samples without the taps that are zero, five times less than one bank of
+// 178 MFLOP a channel of 390 samples without the taps that are zero, five times less than one bank of
 // patch filters convolved with the wavelets, and the tables are 160 KB for a length, not 38 MB.
 //
 // Tokens go by column of patches (5 scales), then row, so that the lanes of a warp read one filter and

@@ -149,8 +149,8 @@ def channel_statistics(x: NDArray[np.floating], sampling_rate: float) -> NDArray
     """The paper's 16 statistics of each channel, signed log.
 
     Nine of the values: mean, standard deviation, maximum, minimum, skewness, excess kurtosis and
-    three quartiles. Seven of the magnitude spectrum below the Nyquist frequency, the mean level
-    included: centroid and spread, mean of the bins' frequencies, the peak's frequency, and where
+    three quartiles. Seven of the magnitudes of the spectrum's first L // 2 bins, as published, the mean
+    level included: centroid and spread, mean of the bins' frequencies, the peak's frequency, and where
     a quarter, half and three quarters of the magnitude lie, Hz. Then sign(f) log(1 + |f|); a
     statistic that a constant channel lacks is 0.
 
