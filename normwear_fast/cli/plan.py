@@ -84,14 +84,15 @@ def show_plan(
         origin: where those come from, in words.
     """
     from normwear_fast.cli.main import print_error
-    from normwear_fast.encode.pipeline import default_tokens, find_inputs, plan_run, survey_inputs
+    from normwear_fast.encode.pipeline import default_tokens, plan_run
+    from normwear_fast.encode.survey import find_inputs, survey
     from normwear_fast.planning import estimate, known_devices, named_devices, table
 
     names = args.device if isinstance(args.device, list) else None
     devices = named_devices(names) if names else known_devices()
     found = find_inputs(args.inputs, output)
     settings = default_tokens(settings, device_type)
-    plan = plan_run(survey_inputs(found, settings, windows), settings, windows, config)
+    plan = plan_run(survey(found, settings, windows), settings, windows, config)
     failed = [entry.error for entry in plan.inputs if entry.error is not None]
     for message in failed:
         print_error(message)

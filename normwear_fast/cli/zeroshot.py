@@ -118,10 +118,9 @@ def load_model(args: argparse.Namespace) -> FastNormWear:
 
 def run(args: argparse.Namespace) -> int:
     from normwear_fast.cli.main import print_error
-    from normwear_fast.encode.pipeline import find_inputs, survey_inputs
     from normwear_fast.encode.prepare import OK, Source
     from normwear_fast.encode.settings import EncodeSettings
-    from normwear_fast.encode.survey import windows_of
+    from normwear_fast.encode.survey import find_inputs, survey, windows_of
     from normwear_fast.encode.windows import read_window_list
     from normwear_fast.zeroshot import (
         RELEASED_TEXT_ENCODER,
@@ -163,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         rate=args.rate,
         scalogram=args.scalogram,
     )
-    surveyed = survey_inputs(found, settings, listed)
+    surveyed = survey(found, settings, listed)
     model = load_model(args)
     text_source = args.text or fusion.description.get("text_encoder") or RELEASED_TEXT_ENCODER
     text = load_text_encoder(text_source, device=model.device, offline=args.offline)

@@ -7,11 +7,9 @@ this process (`normwear_fast.encode.local`) or on a cluster (`normwear_fast.enco
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
-import unicodedata
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -40,13 +38,19 @@ from normwear_fast.encode.patches import PatchStore, require_zarr
 from normwear_fast.encode.prepare import NOT_FINITE, OK, Job, JobUnit, PreparedUnit, Source
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
-from normwear_fast.encode.survey import Look, Looked, Surveyed, file_state, survey, windows_of
+from normwear_fast.encode.survey import (
+    MisnamedRecording,
+    Surveyed,
+    find_inputs,
+    states_of,
+    survey,
+    windows_of,
+)
 from normwear_fast.encode.units import Unit, group_jobs, plan_units
 from normwear_fast.encode.windows import Tiling, WindowList, planned_duration
-from normwear_fast.errors import NormWearError, OutputError, UsageError
+from normwear_fast.errors import NormWearError, OutputError
 from normwear_fast.interrupts import graceful_stop
-from normwear_fast.recordings import find_recordings
-from normwear_fast.recordings.base import FoundRecording, unique_names
+from normwear_fast.recordings.base import FoundRecording
 
 if TYPE_CHECKING:
     from normwear_fast.config import NormWearConfig
@@ -192,85 +196,6 @@ class Engine(Protocol):
         """Every unit of the jobs once, in any order; ends early once ``stopped``."""
 
     def close(self) -> None: ...
-
-
-def _nameable(letter: str) -> bool:
-    """Whether an id may have it: all of a line of text, also macOS's narrow no-break spaces and the
-    joiners of emoji."""
-    return letter.isprintable() or unicodedata.category(letter) == "Zs" or letter in "\u200c\u200d"
-
-
-def printable(name: str) -> str:
-    """The name with \\n for a line's end, \\xff for a byte that is no UTF-8, and so on."""
-    return "".join(
-        letter
-        if _nameable(letter)
-        else f"\\x{ord(letter) - 0xDC00:02x}"  # how Python has such a byte in a name
-        if 0xDC80 <= ord(letter) <= 0xDCFF
-        else letter.encode("unicode_escape").decode()
-        for letter in name
-    )
-
-
-class MisnamedRecording(FoundRecording):
-    """One whose name cannot be an id, as it has what no line or column of text can: it goes by the
-    printable form of its name and is not opened."""
-
-    def surveyed(self) -> Surveyed:
-        """As failed."""
-        path = printable(str(self.path))
-        error = f"{path}: its name has characters no id can have; rename it"
-        try:
-            size, mtime_ns = file_state(self.path)
-        except OSError:
-            size, mtime_ns = 0, 0
-        return Surveyed(self.id, path, size, mtime_ns, error=error)
-
-
-def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
-    """The recordings of the inputs, without what lies in the output folder.
-
-    Raises:
-        UsageError: there is none, or none whose name can be an id.
-    """
-    found = find_recordings(inputs)
-    if output is not None:
-        below = os.path.abspath(output)
-        found = [
-            item
-            for item in found
-            if os.path.commonpath([below, os.path.abspath(item.path)]) != below
-        ]
-        if not found:
-            raise UsageError(f"{inputs[0]}: no recording outside the output folder {output}")
-    bad = [item for item in found if not all(map(_nameable, item.id))]
-    if not bad:
-        return found
-    good = [item for item in found if all(map(_nameable, item.id))]
-    # A name in this form may be another file's own name: every id is one recording's.
-    ids = unique_names([item.id for item in good] + [printable(item.id) for item in bad])
-    misnamed = [
-        MisnamedRecording(name, item.path) for name, item in zip(ids[len(good) :], bad, strict=True)
-    ]
-    if not good:
-        raise UsageError(misnamed[0].surveyed().error)
-    return sorted([*good, *misnamed], key=lambda item: item.id)
-
-
-def survey_inputs(
-    found: Sequence[FoundRecording],
-    settings: EncodeSettings,
-    windows: WindowList | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-    look: Callable[[Iterable[Look], EncodeSettings], Iterable[Looked]] | None = None,
-) -> list[Surveyed]:
-    """`survey` of what `find_inputs` gave, with the misnamed among them as failed; a list of windows
-    can name none of those, and they are left out beside one."""
-    opened = [item for item in found if not isinstance(item, MisnamedRecording)]
-    surveyed = survey(opened, settings, windows, progress, look)
-    if windows is None:
-        surveyed += [item.surveyed() for item in found if isinstance(item, MisnamedRecording)]
-    return sorted(surveyed, key=lambda entry: entry.id)
 
 
 def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings:
@@ -456,7 +381,7 @@ def encode_recordings(
         before = folder.read_manifest()
         previous = None if overwrite else before
         if previous is None:
-            surveyed = survey_inputs(
+            surveyed = survey(
                 found,
                 settings,
                 windows,
@@ -493,14 +418,8 @@ def _resume_inputs(
 ) -> list[Surveyed]:
     """What the earlier session found in the inputs, once they are known to be the same."""
     check_same_settings(manifest, settings, str(where))
-    states = {}
-    for item in found:
-        if windows is None or item.id in windows.recordings:
-            try:
-                states[item.id] = file_state(item.path)
-            except OSError:
-                states[item.id] = (0, 0)  # as survey() has it
-    check_same_inputs(manifest, states, str(where))
+    listed = [item for item in found if windows is None or item.id in windows.recordings]
+    check_same_inputs(manifest, states_of(listed), str(where))
     paths = {item.id: str(item.path) for item in found if not isinstance(item, MisnamedRecording)}
     entries = inputs_before(manifest, settings, windows, str(where))
     return [replace(entry, path=paths.get(entry.id, entry.path)) for entry in entries]

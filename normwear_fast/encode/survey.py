@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any, Protocol
 from normwear_fast.encode.settings import EncodeSettings, join_names
 from normwear_fast.encode.windows import Tiling, Window, WindowList, select_channels
 from normwear_fast.errors import NormWearError, RecordingError, UsageError, one_line
-from normwear_fast.recordings import open_recording
-from normwear_fast.recordings.base import FoundRecording, companions_of
+from normwear_fast.recordings import find_recordings, open_recording
+from normwear_fast.recordings.base import FoundRecording, companions_of, unique_names
 from normwear_fast.recordings.wfdb import files_of
 
 COMPANIONS = {".hea": (".dat", ".mat"), ".vhdr": (".eeg", ".vmrk"), ".set": (".fdt",)}
@@ -100,6 +102,17 @@ def file_state(path: Path) -> tuple[int, int]:
     )
 
 
+def states_of(found: Sequence[FoundRecording]) -> dict[str, tuple[int, int]]:
+    """`file_state` of recordings by id; (0, 0) of one that is not there."""
+    states = {}
+    for item in found:
+        try:
+            states[item.id] = file_state(item.path)
+        except OSError:
+            states[item.id] = (0, 0)
+    return states
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
@@ -113,6 +126,65 @@ def _files(path: Path) -> list[Path]:
     ends = COMPANIONS.get(extension, ())
     files |= {header.with_name(header.stem + end) for header in headers for end in ends}
     return sorted({path} | {file for file in files if file.is_file()})
+
+
+def _nameable(letter: str) -> bool:
+    """Whether an id may have it: all of a line of text, also macOS's narrow no-break spaces and the
+    joiners of emoji."""
+    return letter.isprintable() or unicodedata.category(letter) == "Zs" or letter in "\u200c\u200d"
+
+
+def printable(name: str) -> str:
+    """The name with \\n for a line's end, \\xff for a byte that is no UTF-8, and so on."""
+    return "".join(
+        letter
+        if _nameable(letter)
+        else f"\\x{ord(letter) - 0xDC00:02x}"  # how Python has such a byte in a name
+        if 0xDC80 <= ord(letter) <= 0xDCFF
+        else letter.encode("unicode_escape").decode()
+        for letter in name
+    )
+
+
+class MisnamedRecording(FoundRecording):
+    """One whose name cannot be an id, as it has what no line or column of text can: it goes by the
+    printable form of its name and is not opened."""
+
+    def surveyed(self) -> Surveyed:
+        """As failed."""
+        path = printable(str(self.path))
+        error = f"{path}: its name has characters no id can have; rename it"
+        return Surveyed(self.id, path, *states_of([self])[self.id], error=error)
+
+
+def find_inputs(inputs: Sequence[str | Path], output: str | Path | None) -> list[FoundRecording]:
+    """The recordings of the inputs, without what lies in the output folder.
+
+    Raises:
+        UsageError: there is none, or none whose name can be an id.
+    """
+    found = find_recordings(inputs)
+    if output is not None:
+        below = os.path.abspath(output)
+        found = [
+            item
+            for item in found
+            if os.path.commonpath([below, os.path.abspath(item.path)]) != below
+        ]
+        if not found:
+            raise UsageError(f"{inputs[0]}: no recording outside the output folder {output}")
+    bad = [item for item in found if not all(map(_nameable, item.id))]
+    if not bad:
+        return found
+    good = [item for item in found if all(map(_nameable, item.id))]
+    # A name in this form may be another file's own name: every id is one recording's.
+    ids = unique_names([item.id for item in good] + [printable(item.id) for item in bad])
+    misnamed = [
+        MisnamedRecording(name, item.path) for name, item in zip(ids[len(good) :], bad, strict=True)
+    ]
+    if not good:
+        raise UsageError(misnamed[0].surveyed().error)
+    return sorted([*good, *misnamed], key=lambda item: item.id)
 
 
 def windows_of(
@@ -213,7 +285,8 @@ def survey(
     progress: Callable[[int], None] = lambda done: None,
     look: Callable[[Iterable[Look], EncodeSettings], Iterable[Looked]] | None = None,
 ) -> list[Surveyed]:
-    """Opens every recording and says what of it is to be encoded.
+    """Opens every recording and says what of it is to be encoded. One whose name can be no id has
+    failed, and is left out beside a list of windows, which cannot name it.
 
     Args:
         found: recordings in order of id.
@@ -225,16 +298,18 @@ def survey(
     Raises:
         UsageError: a channel name no recording has, or a recording in the list that is not there.
     """
+    misnamed = [item for item in found if isinstance(item, MisnamedRecording)]
+    found = [item for item in found if not isinstance(item, MisnamedRecording)]
     if windows is not None:
-        found = _listed(found, windows)
+        found, misnamed = _listed(found, windows), []
     items = (
         Look(place, item.id, str(item.path), _listed_for(item.id, windows), len(found) == 1)
         for place, item in enumerate(found)
     )
-    entries: dict[int, Surveyed] = {}
+    entries: list[Surveyed] = []
     names: set[str] = set()
     for looked in look(items, settings) if look else (look_at(item, settings) for item in items):
-        entries[looked.place] = looked.entry
+        entries.append(looked.entry)
         names.update(looked.names)
         progress(len(entries))
     unknown = sorted(set(settings.channels or ()) - names)
@@ -242,7 +317,8 @@ def survey(
         raise UsageError(
             f"no recording has a channel {join_names(unknown)}; there are {join_names(sorted(names))}"
         )
-    return [entries[place] for place in sorted(entries)]
+    entries += [item.surveyed() for item in misnamed]
+    return sorted(entries, key=lambda entry: entry.id)
 
 
 def _listed_for(recording: str, windows: WindowList | None) -> WindowList | None:

@@ -40,14 +40,12 @@ from normwear_fast.encode.pipeline import (
     Plan,
     Progress,
     Silent,
-    find_inputs,
     plan_jobs,
-    survey_inputs,
 )
 from normwear_fast.encode.prepare import NOT_FINITE, OK, PreparedUnit, Row
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, window_samples
-from normwear_fast.encode.survey import Surveyed, file_state
+from normwear_fast.encode.survey import Surveyed, find_inputs, states_of, survey
 from normwear_fast.encode.units import plan_units
 from normwear_fast.errors import OutputError, UsageError
 from normwear_fast.files import COUNT
@@ -162,7 +160,7 @@ def prepare_series(
         before = folder.read_manifest()
         previous = None if overwrite else before
         if previous is None:
-            surveyed = survey_inputs(
+            surveyed = survey(
                 found,
                 settings,
                 None,
@@ -194,13 +192,7 @@ def _resumed(
     manifest: dict[str, Any], found: Sequence[FoundRecording], settings: EncodeSettings, where: Path
 ) -> list[Surveyed]:
     check_same_settings(manifest, settings, str(where))
-    states = {}
-    for item in found:
-        try:
-            states[item.id] = file_state(item.path)
-        except OSError:
-            states[item.id] = (0, 0)  # as survey() has it
-    check_same_inputs(manifest, states, str(where))
+    check_same_inputs(manifest, states_of(found), str(where))
     return inputs_before(manifest, settings, None, str(where))
 
 

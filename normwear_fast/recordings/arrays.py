@@ -33,24 +33,17 @@ from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import (
     Array,
     Channel,
+    ClockError,
     OtherRateError,
     Recording,
     check_rate,
     rechunk,
     refusing,
 )
-from normwear_fast.recordings.clock import (
-    LONG_UNITS,
-    Clock,
-    Intervals,
-    TimeColumn,
-    choose_clock,
-    time_column,
-    wall_clock,
-    wall_unit,
-)
+from normwear_fast.recordings.clock import TimeColumn, choose_clock, time_column, unit_seconds
 from normwear_fast.recordings.parts import PartedRecording
 from normwear_fast.recordings.table import TableRecording
+from normwear_fast.recordings.wallclock import since_1970, wall_clock, wall_unit
 
 _PIECE = 65536  # samples read at a time, or a chunk of the file where that is longer
 _VALUES = 1 << 20  # of all rows together
@@ -61,8 +54,6 @@ _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 _SHORT = 10
 """Times shorter than its neighbours, an array at their rate is no signal: labels, a list of rates."""
 _EARLY = 0.01  # of the recording; a channel that ends earlier is told of
-_MEAN = 0.03
-"""By which an uneven clock's mean interval may be off a stated rate's; single rows may be lost."""
 CHUNK_BYTES = 512 << 20
 """The largest chunk that is read: one is in memory whole, however short the block."""
 
@@ -157,10 +148,9 @@ class ArrayRecording(PartedRecording):
         found = {one.path: self._clock(one, numbers, times) for one in signals}
         signals = self._long(signals, {name for name, clock in found.items() if clock is not None})
         used = {clock.path for clock in found.values() if clock is not None}
+        second = [one for one in numbers if one.path in times and one.path not in used]
         self.notes += tuple(
-            f"time array {name} is not the clock of any array and left out"
-            for name in times
-            if name not in used
+            f"time array {one.path} is not the clock of any array and left out" for one in second
         )
         self._note_settings(tree, signals)
         if not signals:
@@ -203,6 +193,8 @@ class ArrayRecording(PartedRecording):
         self.notes += tuple(f"{name} has no sampling_rate and is left out" for name in unrated)
         self._combine(parts, self._starts(origins))
         self._note_ends()
+        if self.start_time is None and len(timed) == 1:
+            self._begin_by(second, times)
 
     def _numbers(self, tree: Tree) -> list[StoredArray]:
         """The arrays of signals and times; small ones of settings go to their group's attributes."""
@@ -339,9 +331,10 @@ class ArrayRecording(PartedRecording):
                 return None
         return _Time(column, since)
 
-    def _first(self, one: StoredArray) -> Array:
+    def _first(self, one: StoredArray) -> NDArray[Any]:
         with refusing(self.path, f"{one.path} is damaged"):
-            return np.asarray(one.first(_FIRST), dtype=np.float64)
+            first = one.first(_FIRST)
+            return first if one.kind in "Mm" else np.asarray(first, dtype=np.float64)
 
     def _clock(
         self, one: StoredArray, numbers: list[StoredArray], times: Mapping[str, _Time]
@@ -357,8 +350,22 @@ class ArrayRecording(PartedRecording):
         for other in found:
             other.check()
         columns = [times[other.path].column for other in found]
-        firsts = [None if other.kind == "M" else self._first(other) for other in found]
+        firsts = [self._first(other) for other in found]
         return found[choose_clock(columns, firsts, None)[0] or 0]
+
+    def _begin_by(self, clocks: list[StoredArray], times: Mapping[str, _Time]) -> None:
+        """The start time of the first of these, second clocks, that knows the date."""
+        for one in clocks:
+            time, first = times[one.path], self._first(one)
+            since = time.since
+            unit = wall_unit(first) if since is None and one.kind in "iuf" else time.column.seconds
+            if one.kind == "M":
+                first = np.where(np.isnat(first), 0, first.astype(np.int64))
+            origin = (since or 0.0) + float(first[0]) * (unit or 0.0)
+            if one.kind != "m" and wall_clock(origin):
+                self.start_time = since_1970(origin)
+                self.notes += (f"the start time is the first in {one.path}",)
+                return
 
     def _timed(
         self,
@@ -374,17 +381,17 @@ class ArrayRecording(PartedRecording):
         rates = {one.path: rate for one in members if (rate := self._rate(one, tree)) is not None}
         titles = [self._titles(one, tree) for one in members]
         stated = next(iter(rates.values()), None)
-        part = _Timed(self.path, clock, time, members, titles, stated)
-        if stated is not None and time.column.seconds is None and clock.kind in "iuf":
-            part.infer_unit(self._first(clock), stated)
+        part = _Timed(self.path, clock, time, members, titles)
+        if stated is not None:
+            part._rate_from = "sampling_rate"
         try:
             part._survey(stated or given)
         except RecordingError as error:
-            broken = part.broken() if rates else None
-            if broken is not None:
+            if rates and isinstance(error, ClockError):
                 for rate in set(rates.values()):
                     check_rate(self.path, given, [rate])
-                self.notes += (f"{clock.path} {broken}: no clock, sampling_rate stands in for it",)
+                reason = str(error).removeprefix(f"{self.path}: ").split("; ")[0]
+                self.notes += (f"{reason}: no clock, sampling_rate stands in for it",)
                 alike = dict.fromkeys((one.path for one in members), stated or 1.0)
                 return {**(alike if len(set(rates.values())) == 1 else {}), **rates}
             if rates and part._unit is None:
@@ -468,11 +475,8 @@ def _time_unit(text: str) -> tuple[float | None, float | None]:
         Seconds, and the moment counted from in seconds since 1970; None for each that it lacks.
     """
     since = _SINCE.fullmatch(text)
-    word = (since[1] if since else text).strip().casefold()
-    column = time_column(f"time [{word}]")
-    seconds = None if column is None else column.seconds
-    if seconds is None:
-        seconds = LONG_UNITS.get(word.removesuffix("s") if len(word) > 2 else word)
+    word = (since[1] if since else text).strip()
+    seconds = unit_seconds(word)
     if since is None or seconds is None:
         return seconds, None
     # "2000-1-1 0:0:0" is allowed there and not in ISO 8601
@@ -610,10 +614,8 @@ class _Timed(TableRecording):
         time: _Time,
         members: list[StoredArray],
         titles: list[tuple[list[str], list[str]]],
-        stated: float | None,
     ) -> None:
         self.path = path
-        self._stated = stated  # Hz, what the file says beside its times
         self._first_row = 0
         self._clock_array = clock
         self._titles = []
@@ -631,86 +633,11 @@ class _Timed(TableRecording):
         """Seconds that the clock shows at the first row; since 1970, where it is known since when."""
         return (self._since or 0.0) + float(self._origin) * float(self._unit or 1.0)
 
-    def infer_unit(self, times: Array, stated: float) -> None:
-        """The unit of the first times by the file's own rate, if one makes them about as fast. The
-        units are too far apart for a jittered or a coarse clock to have two."""
-        assert self._time is not None
-        times = times[np.isfinite(times)]
-        steps = np.abs(np.diff(times))
-        moved = steps[steps > 0]
-        if not moved.size or wall_unit(float(times[0])) is not None:
-            return
-        median = float(np.median(moved))
-        if (
-            median == 1 and moved.size == steps.size
-        ):  # a count of rows, or what `clock` takes it for
-            return
-        for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
-            for step in (float(steps.mean()), median * moved.size / steps.size):
-                if abs(step * unit * stated - 1) <= 0.25:
-                    title = self._time.title
-                    self._time = replace(self._time, seconds=unit)
-                    self.notes += (
-                        f"times in column {title!r} are read as {name}, by sampling_rate",
-                    )
-                    return
-
-    def broken(self) -> str | None:
-        """Why the times can be no clock; None where they can."""
-        row, moves = 0, False
-        last: NDArray[Any] | None = None
-        for (times,) in _rows(self.path, self._clock_array, [0], _step(self._clock_array)):
-            missing = np.isnat(times) if times.dtype.kind in "Mm" else ~np.isfinite(times)
-            if missing.any():
-                return f"has no time in row {row + int(np.argmax(missing))}"
-            before = np.concatenate([times[:1] if last is None else last, times[:-1]])
-            if (times < before).any():
-                return f"goes back in row {row + int(np.argmax(times < before))}"
-            moves = moves or bool((times > before).any())
-            row, last = row + times.size, times[-1:]
-        return None if moves else "does not move"
-
-    def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
-        """An uneven clock's rows are put on a grid at the rate that the file states, if that is one
-        of its own: its median is rounded where it is written to whole milliseconds."""
-        clock = super()._read_clock(column, given)
-        if self._stated is None or clock.even or clock.tick:
-            return clock
-        intervals = Intervals()
-        rows, close, span, last = 0, 0, 0, 0
-        for times in self._nanoseconds(False, None):
-            steps = np.diff(times, prepend=last)[0 if rows else 1 :]
-            intervals.add(steps[steps > 0])
-            near = steps[steps <= clock.gap]
-            close, span = close + near.size, span + int(near.sum())
-            rows += times.size
-            last = int(times[-1]) if times.size else last
-        low, high = intervals.percentiles(5, 95)
-        period = 1e9 / self._stated
-        mean = span / close if close else 0.0  # gaps apart
-        if not (
-            low <= period <= high
-            or abs(mean / period - 1) <= _MEAN
-            or abs(clock.sampling_rate / self._stated - 1) <= 0.01
-        ):
-            return clock
-        samples = int(last / period + 1e-6) + 1
-        self._check_length(samples, rows, self._stated, last)
-        said = f"resampled to sampling_rate {self._stated:g} Hz"
-        self.notes = tuple(
-            re.sub(r"resampled to its median rate \S+ Hz", said, note) for note in self.notes
-        )
-        return replace(clock, sampling_rate=self._stated, samples=samples)
-
     def _survey(self, given: float | None) -> None:
         with refusing(self.path):
             super()._survey(given)
-        if self._stated is not None:  # which was `given` then
-            self.notes = tuple(
-                note.replace("--rate is its", "sampling_rate is its") for note in self.notes
-            )
         if self._since is not None and wall_clock(self.origin):
-            self.start_time = datetime.fromtimestamp(self.origin, UTC)
+            self.start_time = since_1970(self.origin)
         self._opened = True
 
     def _rows(
@@ -749,9 +676,7 @@ class _Timed(TableRecording):
         if times.dtype.kind in "Mm":
             if np.isnat(times).any():
                 row = start + int(np.argmax(np.isnat(times)))
-                raise RecordingError(
-                    f"{self.path}: {self._clock_array.path} has no time in row {row}"
-                )
+                raise self._lacks_time(row, self._clock_array.path)
             return times.astype(np.int64)
         return times
 

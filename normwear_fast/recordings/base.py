@@ -289,6 +289,10 @@ class OtherRateError(RecordingError):
     """A recording whose own clock contradicts the --rate."""
 
 
+class ClockError(RecordingError):
+    """Times that can be no clock: one is missing, they go back, or they do not move."""
+
+
 def check_rate(path: Path, given: float | None, rates: Iterable[float]) -> None:
     """Refuse a --rate that no channel of a file with its own clock has, by more than 1 %."""
     rates = sorted(set(rates))

@@ -1,29 +1,214 @@
-"""What a table's columns of numbers turn out to be, once all their rows have been seen.
+"""What a table's columns turn out to be: the clock, channels, or what is left out.
 
-A name tells most clocks. What is left is told by values, and only by what no signal does: a signal is
-worth more than a clock that is read as one.
+`assign` tells by titles and the first rows, `Column` by all rows. A name tells most clocks. What is left
+is told by values, and only by what no signal does: a signal is worth more than a clock that is read as
+one.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
+from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import Array
-from normwear_fast.recordings.clock import TIME_WORDS, name_words, wall_unit
+from normwear_fast.recordings.clock import (
+    SHORT_UNITS,
+    TIME_WORDS,
+    TimeColumn,
+    choose_clock,
+    is_date_title,
+    name_words,
+    time_column,
+)
+from normwear_fast.recordings.wallclock import runs, since_1970, wall_unit
 
 _POINTS = 16  # of a piece of the table, at which a column is held against the clock
 _FEWEST = 4  # rows that tell anything
 _COUNTERS = {
     *("index", "idx", "row", "sample", "counter", "seq", "sequence", "frame", "packet", "package"),
-    *("number", "num", "no", "nr", "id", "count", "rowid", "samplenumber", "sampleindex"),
+    *("number", "num", "no", "nr", "n", "id", "count", "rowid", "samplenumber", "sampleindex"),
+    *("#", "interval", "logging", "unnamed"),
 }
-"""Words of which the name of a count of rows is made: "Sample Index", "packet_no", "index"."""
+"""Words of which the name of a count of rows is made: "Sample Index", "packet_no", "sample #", and what
+pandas calls an index that it has read."""
 _REGULAR = 0.9  # of a count's steps are 1; the others wrap around, or leave out what was lost
 _PACE = 0.01
 """Of the recording, by which a column whose name speaks of time may stray from the clock."""
 _WALL_PACE, _WALL_LATE = 0.05, 5.0
 """The same of wall-clock times, and s: of when data arrived, say, which may be in bursts."""
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """A column by its title and its first rows.
+
+    Args:
+        title: what a user calls it.
+        kind: "time" has wall-clock times, "date" days alone; "empty" has no value yet.
+        values: numbers, of whole ones integers, or times with a date or without one; none of other
+            kinds.
+        start: the moment of the first row, where it is a time with a date.
+        of_day: the times are those of a clock on the wall, or of one that began at 0:00.
+        index: it has no title of its own, as pandas' index has not.
+        holds: what it does where it holds neither numbers nor the clock.
+        example: a cell of it, if it is text.
+    """
+
+    title: str
+    kind: Literal["number", "time", "date", "text", "empty"]
+    values: NDArray[Any]
+    start: datetime | None = None
+    of_day: bool = False
+    index: bool = False
+    holds: str = "text"
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the columns of a table are, as far as their first rows tell.
+
+    Attributes:
+        clock: the place of the time column, as which `time` is read; None where there is none.
+        date: the place of the column of days that times of day are of.
+        channels: places of columns of numbers, and of those without a value yet.
+        start: the first moment of the clock, where it is a time with a date.
+        second: that of another clock, after its title.
+        others: there are other time columns than the clock.
+        notes: one line for each column that is not what it might be.
+    """
+
+    clock: int | None
+    time: TimeColumn | None
+    date: int | None
+    channels: list[int]
+    start: datetime | None
+    second: tuple[str, datetime] | None
+    others: bool
+    notes: tuple[str, ...]
+
+
+def assign(
+    path: Path, columns: Sequence[FirstLook], given: float | None, barred: Collection[str]
+) -> Roles:
+    """Find the time column and the channels.
+
+    Args:
+        path: for the error.
+        columns: from left to right.
+        given: the user's --rate.
+        barred: titles of time columns that turned out to be no clock.
+
+    Raises:
+        RecordingError: the only time column is text, and there is no --rate.
+    """
+    notes: list[str] = []
+    out = {i for i, one in enumerate(columns) if one.title in barred}
+    counted = {i for i, one in enumerate(columns) if one.index and counts_rows(one.values)}
+    times = _candidates(path, columns, given, out | counted)
+    places = list(times)
+    chosen, signals = choose_clock(list(times.values()), [columns[i].values for i in places], given)
+    clock = None if chosen is None else places[chosen]
+    for i in (places[signal] for signal in signals):
+        del times[i]
+        if columns[i].kind == "number" and not columns[i].index:
+            notes.append(f"column {columns[i].title!r} is not taken for a clock: it is a channel")
+    if not times:
+        # without a name, wall-clock times still are what they are, if they run
+        timely = (i for i, one in enumerate(columns) if one.kind == "time" and i not in out)
+        clock = next((i for i in timely if _runs(columns, i)), None)
+        if clock is not None:
+            times[clock] = TimeColumn(columns[clock].title, None, weak=True)
+    second = None
+    for i, time in times.items():
+        if i != clock:
+            notes.append(f"column {time.title!r} is a second clock and left out")
+            moment = columns[i].start or _moment(columns[i], time)
+            second = second or (None if moment is None else (time.title, moment))
+    read_as = date = start = None
+    if clock is not None:
+        read_as, start = times[clock], columns[clock].start
+        date = _date_of(columns, clock)
+        if date is not None and columns[date].start is not None:
+            start = columns[date].start + columns[clock].values[0].astype("timedelta64[us]").item()
+            notes.append(
+                f"times in column {read_as.title!r} are of the days in {columns[date].title!r}"
+            )
+    channels = []
+    for i, one in enumerate(columns):
+        if i in times or i in out or i == date:
+            continue
+        if one.kind in ("text", "time", "date"):
+            notes.append(f"column {one.title!r} holds {one.holds} and is left out")
+        elif i in counted:
+            notes.append("the first column counts rows and is left out")
+        else:
+            channels.append(i)
+    return Roles(clock, read_as, date, channels, start, second, len(times) > 1, tuple(notes))
+
+
+def _candidates(
+    path: Path, columns: Sequence[FirstLook], given: float | None, out: Collection[int]
+) -> dict[int, TimeColumn]:
+    """What may be the clock by its title, by place; where nothing is, pandas' index."""
+    named = {i: time for i, one in enumerate(columns) if (time := time_column(one.title))}
+    named = {i: time for i, time in named.items() if i not in out and columns[i].kind != "date"}
+    times = {i: time for i, time in named.items() if columns[i].kind != "text"}
+    if named and not times and given is None:
+        text = columns[next(iter(named))]
+        raise RecordingError(
+            f"{path}: time column {text.title!r} holds {text.holds}"
+            + (f" such as {text.example!r}" if text.example else "")
+            + "; numbers or times are right, in CSV as ISO 8601: 2024-05-31 13:58:58.081"
+        )
+    if times:
+        return times
+    index = (i for i, one in enumerate(columns) if one.index and one.kind == "number")
+    return {i: TimeColumn(columns[i].title, None, sure=False) for i in index if i not in out}
+
+
+def _date_of(columns: Sequence[FirstLook], clock: int) -> int | None:
+    """The column of days whose times of day the clock has: by its title, for a date of birth is none."""
+    time = columns[clock]
+    if not time.of_day or "elapsed" in name_words(time.title) or np.isnat(time.values[:1]).any():
+        return None
+    days = (i for i, one in enumerate(columns) if one.kind == "date" and is_date_title(one.title))
+    return next((i for i in days if not np.isnat(columns[i].values).any()), None)
+
+
+def _runs(columns: Sequence[FirstLook], clock: int) -> bool:
+    """Whether times are a clock's, where they have days with these."""
+    times, date = columns[clock].values, _date_of(columns, clock)
+    return runs(times) or (
+        date is not None and runs(columns[date].values + times % np.timedelta64(1, "D"))
+    )
+
+
+def _moment(column: FirstLook, time: TimeColumn) -> datetime | None:
+    """The first of numbers that count from 1970 in UTC."""
+    if column.kind != "number" or time.local or not np.isfinite(column.values[0]):
+        return None
+    unit = wall_unit(column.values)
+    return None if unit is None else since_1970(float(column.values[0]) * unit)
+
+
+def counts_rows(values: NDArray[Any]) -> bool:
+    """Row numbers, as pandas writes them: from 0 or 1 on, or some rows of a longer table. Those that
+    count from 1970 are times."""
+    if values.dtype.kind not in "iu" or values.size < 2 or wall_unit(values):
+        return False
+    steps = np.diff(values)
+    # of rows that were filtered, some are left; a clock steps by more
+    regular = (steps == steps[0]).all() or np.median(steps) <= 3
+    return bool((values.size > 3 or values[0] in (0, 1)) and regular and steps.min() > 0)
 
 
 class Column:
@@ -35,9 +220,9 @@ class Column:
     """
 
     def __init__(self, name: str) -> None:
-        words = set(name_words(name))
-        self._named = bool(words & TIME_WORDS)
-        self._counter = bool(words) and words <= _COUNTERS
+        self._named = not TIME_WORDS.isdisjoint(name_words(name))
+        words = set(re.findall("[a-z]+|#", " ".join(name_words(name))))
+        self._counter = bool(words - {"n"}) and words <= _COUNTERS
         self._wall: float | None = None  # unit, if it begins with a wall-clock time
         self._watched = True
         self._rises = True
@@ -63,7 +248,7 @@ class Column:
             return
         if self.empty:
             self.empty = False
-            self._wall = wall_unit(float(present[0]))
+            self._wall = wall_unit(present)
             self._watched = self._named or self._counter or self._wall is not None
             if not self._watched:
                 return
@@ -117,6 +302,4 @@ class Column:
         if self._wall is not None:
             limit = _WALL_PACE * span + _WALL_LATE
             return float(np.ptp(values * self._wall - seconds)) <= limit
-        return any(
-            np.ptp(values * each - seconds) <= _PACE * span for each in (1.0, 1e-3, 1e-6, 1e-9)
-        )
+        return any(np.ptp(values * each - seconds) <= _PACE * span for each in SHORT_UNITS.values())

@@ -28,8 +28,8 @@ from normwear_fast.recordings.base import (
     refusing,
     register_folder,
 )
-from normwear_fast.recordings.clock import wall_clock
 from normwear_fast.recordings.parts import PartedRecording
+from normwear_fast.recordings.wallclock import wall_clock
 
 # file -> channels, unit, factor to that unit
 SENSORS: dict[str, tuple[tuple[str, ...], str, float]] = {

@@ -1,14 +1,25 @@
-"""What the first rows of a CSV file are: titles, column numbers, units, or data."""
+"""What the first rows of a CSV file are: separators, comments, titles, column numbers, units, or data."""
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from normwear_fast.recordings.clock import wall_unit
+from normwear_fast.errors import RecordingError, one_line
+from normwear_fast.recordings.wallclock import is_time
 
+_SAMPLE_BYTES = 1 << 16
+_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
+_NULLS = {"", "nan", "-nan", "na", "n/a", "null", "none", "#n/a", "#na", "<na>"}
+NULL_CELLS = [*_NULLS, *map(str.upper, _NULLS), "NaN", "-NaN", "None", "Null"]
+"""Cells without a value, as Arrow wants them."""
+# for Excel; Shimmer writes it too
+_SEPARATOR_LINE = re.compile(r'"?sep=([\t,;]|\\t)"?', re.IGNORECASE)
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
 _INTEGER = re.compile(r"[+-]?\d+")
 _UNIT = re.compile(
     r"[\[(]?(?:(?:[pnuµμmckMG]?(?:V|A|S|s|sec|Hz|g|m|T|Pa|Ohms?|Ω|siemens|gauss|W|K)|volts?|Gauss|"
@@ -16,6 +27,172 @@ _UNIT = re.compile(
     r"local_flux|no_?units?|no units|unitless|none|n/?a)"
     r"(?:\s?(?:/|\*|per)\s?\(?(?:s|sec|min|h|Hz|m|V|K)(?:\^?2|²|\*\*2)?\)?)*(?:\^?2|²)?)?[\])]?"
 )
+
+
+def is_null(cell: str) -> bool:
+    """Whether a cell stands for no value."""
+    return cell.strip().casefold() in _NULLS
+
+
+class Head:
+    """How a CSV file is written, and what its first 64 KB hold.
+
+    Attributes:
+        encoding: "utf8", or "utf-16" where the file has its mark.
+        separator: "," ";" or a tab.
+        decimal: "." or ",".
+        quote: around a cell.
+        titles: of the columns, with their units where a row of them is below; None without a header.
+        rows: of data, as cells.
+        skip: lines of the file above these.
+        notes: what a user should know.
+
+    Raises:
+        RecordingError: it is no text, holds no rows, or lines that are no part of the table.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.notes: tuple[str, ...] = ()
+        with path.open("rb") as file:
+            raw = file.read(_SAMPLE_BYTES)
+        lines = self._decoded(raw).splitlines()
+        if len(raw) == _SAMPLE_BYTES and len(lines) > 2:
+            lines.pop()  # cut off by the sample's end
+        above, declared, comment = 0, "", ""
+        while above < len(lines):
+            line = lines[above].strip()
+            if match := _SEPARATOR_LINE.fullmatch(lines[above]):
+                declared = "\t" if match[1] == "\\t" else match[1]
+            elif line and not line.startswith(("#", "%")):
+                break
+            comment = line if line.startswith(("#", "%")) else ""
+            above += 1
+        # rows of the sample -> lines of the file above them
+        self._line_of = [i for i in range(above, len(lines)) if lines[i].strip()]
+        lines = [lines[i] for i in self._line_of]
+        if not lines:
+            raise RecordingError(f"{path}: holds no rows")
+        self.quote = "'" if re.match("'[^']+'", lines[0]) else '"'  # as PhysioNet's are
+        self.separator = next(
+            (
+                each
+                for each in (declared, "\t", ";")
+                if each and len(self._cells(lines[:1], each)[0]) > 1
+            ),
+            ",",
+        )
+        self._check_preamble(lines)
+        rows = self._cells(lines, self.separator)
+        cells = [cell for row in rows[1:] for cell in row] if self.separator != "," else []
+        self.decimal = "," if any(map(_DECIMAL_COMMA.fullmatch, cells)) else "."
+        if len(rows[0]) == 1:
+            self._check_separator([row[0] for row in rows if row])
+        self._comment = self._cells([comment], self.separator)[0] if comment else []
+        self.titles, self.rows = self._header(rows)
+        if not self.rows:
+            raise RecordingError(f"{path}: holds no rows, only a header")
+        first = len(rows) - len(self.rows)
+        self.skip = self._line_of[first - 1] + 1 if first else self._line_of[0]
+
+    def _cells(self, lines: Sequence[str], separator: str) -> list[list[str]]:
+        return list(csv.reader(lines, delimiter=separator, quotechar=self.quote))
+
+    def number(self, cell: str) -> float:
+        return float(cell.replace(self.decimal, ".") if self.decimal == "," else cell)
+
+    def is_number(self, cell: str) -> bool:
+        try:
+            self.number(cell)
+        except ValueError:
+            return False
+        return "_" not in cell  # float() reads 1_000; a CSV reader does not
+
+    def is_value(self, cell: str) -> bool:
+        """A number, a time or nothing: what a line of data is made of."""
+        cell = cell.strip()
+        return is_null(cell) or self.is_number(cell) or is_time(cell)
+
+    def _header(self, rows: list[list[str]]) -> tuple[list[str] | None, list[list[str]]]:
+        """The titles, or None, and the rows of data.
+
+        A line that begins with # or % is a comment, or begins with a title such as %SpO2.
+        """
+        if self._is_header(self._comment, rows[0]):
+            return [re.sub(r"^(#\s*|%\s+)(?=.)", "", self._comment[0]), *self._comment[1:]], rows
+        if not all(map(self.is_value, rows[0])):
+            if len(rows) > 2 and (titled := with_units(rows, self.is_value)):
+                return titled, rows[2:]
+            return rows[0], rows[1:]
+        if not is_numbered_header(rows[0], rows[1:]):
+            return None, rows
+        if rows[0][0].strip():
+            self.notes = (
+                f"row {self._line_of[0] + 1} ({one_line(self.separator.join(rows[0]), 40)}) is read "
+                f"as pandas' column numbers, not as a sample",
+            )
+        return rows[0], rows[1:]
+
+    def _is_header(self, comment: Sequence[str], first: Sequence[str]) -> bool:
+        """Whether the comment right above the first row is its header: it has as many cells, and the
+        row is data. A lone one is a title if it is a word."""
+        if len(comment) != len(first):
+            return False
+        if len(first) == 1 and not re.fullmatch(r"[#%]\s?\w+", comment[0].strip()):
+            return False
+        # Na is sodium
+        return "" in map(str.strip, first[1:]) or any(
+            cell in NULL_CELLS or (self.is_value(cell) and not is_null(cell))
+            for cell in map(str.strip, first)
+            if cell
+        )
+
+    def _decoded(self, raw: bytes) -> str:
+        """The sample as text; sets the encoding."""
+        whole = len(raw) < _SAMPLE_BYTES
+        self.encoding = "utf-16" if raw.startswith(_BOMS) else "utf8"
+        if self.encoding == "utf-16":
+            try:
+                return raw.decode("utf-16", errors="strict" if whole else "ignore")
+            except UnicodeDecodeError as error:
+                reason = f"is damaged UTF-16: {one_line(error)}"
+                raise RecordingError(f"{self._path}: {reason}") from error
+        if b"\0" in raw:
+            raise RecordingError(f"{self._path}: is not text; a CSV file is UTF-8 text")
+        try:
+            return raw.decode("utf-8-sig", errors="strict" if whole else "ignore")
+        except UnicodeDecodeError:
+            return raw.decode("latin-1")
+
+    def _check_preamble(self, lines: list[str]) -> None:
+        """Refuse lines above the table that are no part of it, as some devices write them."""
+        for separator in (self.separator, "\t", ";", ","):
+            widths = [len(row) for row in self._cells(lines, separator)]
+            if separator == self.separator and len(set(widths)) == 1 < widths[0]:
+                return
+            if len(widths) == len(lines) and widths[-1] > max(1, widths[0]):
+                above = next(i for i in range(len(widths), 0, -1) if widths[i - 1] != widths[-1])
+                if above > 1 and len(widths) - above > 2 and widths[:above].count(widths[-1]) == 0:
+                    raise RecordingError(
+                        f"{self._path}: the table begins in row {self._line_of[above] + 1}, with "
+                        f"{widths[-1]} columns; delete the rows above it, or begin each with #"
+                    )
+
+    def _check_separator(self, lines: list[str]) -> None:
+        """Refuse one column of cells that are several, all as many, with another separator."""
+        body = lines[1:50]
+        for name, separator in (("'|'", "|"), ("spaces", None)):
+            parts = [line.strip().strip("|").split(separator) for line in body]
+            if (
+                parts
+                and len(parts[0]) > 1
+                and {len(part) for part in parts} == {len(parts[0])}
+                and not any(self.is_value(line) for line in body)
+                and any(self.is_number(cell) for cell in parts[-1])
+            ):
+                raise RecordingError(
+                    f"{self._path}: columns are separated by {name}; comma, semicolon or tab is right"
+                )
 
 
 def is_numbered_header(first: Sequence[str], body: Sequence[Sequence[str]]) -> bool:
@@ -73,20 +250,6 @@ def _numbers(cells: Sequence[str]) -> np.ndarray:
             return np.nan
 
     return np.array([number(cell) for cell in cells])
-
-
-def counts_rows(cells: Sequence[str]) -> bool:
-    """Row numbers, as pandas writes them: from 0 or 1 on, or some rows of a longer table. Those that
-    count from 1970 are times."""
-    cells = [cell.strip() for cell in cells]
-    if len(cells) < 2 or not all(map(_INTEGER.fullmatch, cells)):
-        return False
-    if wall_unit(float(cells[0])) is not None:
-        return False
-    steps = np.diff(np.array(cells, dtype=np.float64))
-    # of rows that were filtered, some are left; a clock steps by more
-    regular = (steps == steps[0]).all() or np.median(steps) <= 3
-    return bool((len(cells) > 3 or cells[0] in ("0", "1")) and regular and steps.min() > 0)
 
 
 def with_units(rows: Sequence[Sequence[str]], is_value: Callable[[str], bool]) -> list[str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,16 @@ from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import (
     Array,
     Channel,
+    ClockError,
     OtherRateError,
     Recording,
-    check_rate,
     rechunk,
 )
-from normwear_fast.recordings.clock import (
-    SHARED,
-    Clock,
-    Intervals,
-    Resolution,
-    Spread,
-    TimeColumn,
-    infer_unit,
-    resample,
-    wall_clock,
-)
-from normwear_fast.recordings.columns import Column
+from normwear_fast.recordings.clock import SHORT_UNITS, TimeColumn, infer_unit
+from normwear_fast.recordings.columns import Column, Roles
+from normwear_fast.recordings.rates import Clock, ClockReader, Resolution, Spread, resample
+from normwear_fast.recordings.wallclock import Nanoseconds, since_1970, wall_clock
 
-_GAP = 4  # median intervals; longer ones are gaps
 _PIECE = 65536  # grid points made at a time
 
 
@@ -49,6 +39,11 @@ class TableRecording(Recording):
     _time: TimeColumn | None
     _first_row = 1  # number of the first row of data, as a user counts
     _places: list[int]
+    _rate_from = "--rate"  # where the rate is from that a survey is given
+
+    _unit: float | None = None  # seconds
+    _origin: Any = None  # first time, as stored
+    _counting = False  # rows
 
     @abstractmethod
     def _rows(
@@ -63,35 +58,39 @@ class TableRecording(Recording):
 
     def _survey_on(
         self,
-        choose: Callable[[Collection[str]], bool],
-        survey: Callable[[float | None], None],
+        choose: Callable[[Collection[str]], Roles],
         given: float | None,
     ) -> None:
         """The survey on the clock that is chosen; on the next where a weak one turns out to be none of
         the rows', or on the user's rate.
 
         Args:
-            choose: sets `_titles` and `_time`, but for the titles that it is given. Returns whether
-                there are other clocks.
-            survey: as `_survey`.
+            choose: sets `_titles` and `_time` to what the columns are, but for the titles that it is
+                given.
             given: the user's --rate.
         """
         barred: list[str] = []
         before = self.notes
         while True:
-            others = choose(barred)
+            roles = choose(barred)
+            self.start_time, self.notes = roles.start, before + roles.notes
             try:
-                survey(given)
-                return
+                self._survey(given)
             except RecordingError as error:
-                if self._time is None or not self._time.weak or (given is None and not others):
+                clock = self._time
+                if clock is None or not clock.weak or (given is None and not roles.others):
                     raise
                 if isinstance(error, OtherRateError) and self._keeps_time():
                     raise
                 reason = str(error).removeprefix(f"{self.path}: ").split("; ")[0]
-                barred.append(self._time.title)
-                before += (f"column {self._time.title!r} is no clock and left out: {reason}",)
-                self.notes, self.start_time, self._unit, self._origin = before, None, None, None
+                barred.append(clock.title)
+                before += (f"column {clock.title!r} is no clock and left out: {reason}",)
+                self._unit = self._origin = None
+                continue
+            if self.start_time is None and roles.second is not None:
+                title, self.start_time = roles.second
+                self.notes += (f"the start time is the first in column {title!r}",)
+            return
 
     def _keeps_time(self) -> bool:
         """Whether a clock of another rate than the user's is to be believed: even, in a known unit."""
@@ -118,13 +117,30 @@ class TableRecording(Recording):
             self._clock = Clock(True, given or 1.0, rows)
             self._unit, self._origin = 1 / (given or 1.0), 0
         else:
-            self._clock = self._read_clock(self._time, given)
-            check_rate(self.path, given, [self._clock.sampling_rate])
+            self._read_clock(self._time, given)
         self._leave_out()
         self.channels = tuple(
             Channel(name, unit, self._clock.sampling_rate, self._clock.samples)
             for name, unit in self._named(self._places)
         )
+
+    def _read_clock(self, column: TimeColumn, given: float | None) -> None:
+        def times(resolution: Resolution | None) -> Iterator[Nanoseconds]:
+            return self._nanoseconds(given, resolution)
+
+        reader = ClockReader(
+            self.path, column.title, self._first_row, times, given, self._rate_from
+        )
+        self._clock = reader.clock(lambda: self._counting)
+        self.notes += tuple(reader.notes)
+        rate = self._clock.sampling_rate
+        if given is not None and abs(given / rate - 1) > 0.01:
+            sure = column.sure and not column.weak
+            raise OtherRateError(
+                f"{self.path}: --rate {given:g} contradicts the file's own {rate:g} Hz, by the times in "
+                f"column {column.title!r}; leave --rate out"
+                + ("" if sure else ", or rename the column if it is no clock")
+            )
 
     def _watch(self, times: NDArray[Any], columns: list[Array]) -> None:
         for look, values in zip(self._look, columns, strict=True):
@@ -160,23 +176,23 @@ class TableRecording(Recording):
         return [self._titles[place] for place in places]
 
     def _nanoseconds(
-        self, everything: bool, given: float | None, resolution: Resolution | None = None
-    ) -> Iterator[NDArray[np.int64]]:
-        """The time column, ns after the first row, checked to be there; and on opening, with
-        everything, a look at the columns and at what the times are written to."""
+        self, given: float | None, resolution: Resolution | None
+    ) -> Iterator[Nanoseconds]:
+        """The time column, ns after the first row, checked to be there; with a resolution, on opening,
+        also a look at the columns and at what the times are written to."""
         assert self._time is not None
         row = self._first_row
         head: list[NDArray[Any]] = []  # rows before the unit is known
-        channels = list(range(len(self._titles))) if everything else []
+        channels = list(range(len(self._titles))) if resolution is not None else []
         for times, columns in self._rows(channels, time=True):
             if times.dtype.kind == "f" and not np.isfinite(times).all():
                 bad = row + int(np.argmin(np.isfinite(times)))
-                raise RecordingError(
-                    f"{self.path}: row {bad} has no time in column {self._time.title!r}"
-                )
+                raise self._lacks_time(bad, self._time.title)
             row += times.size
-            if everything:
+            if resolution is not None:
                 self._watch(times, columns)
+            if not times.size:
+                continue
             head.append(times)
             if self._unit is None:
                 together = np.concatenate(head)
@@ -185,35 +201,35 @@ class TableRecording(Recording):
                 self._set_unit(together, given)
             for part in head:
                 if resolution is not None:
-                    resolution.add(part)
+                    resolution.add(part, self._unit or 0.0)
                 yield self._relative(part)
             head = []
+        yield from (np.zeros(part.size, dtype=np.int64) for part in head)  # none that moves
 
-    _unit: float | None = None  # seconds
-    _origin: Any = None  # first time, as stored
-    _counting = False  # rows; no rounding blurs those
+    def _lacks_time(self, row: int, title: str) -> ClockError:
+        return ClockError(f"{self.path}: row {row} has no time in column {title!r}")
 
     def _set_unit(self, times: NDArray[Any], given: float | None) -> None:
         assert self._time is not None
         title = repr(self._time.title)
-        first = float(times[0])
         unit = infer_unit(self.path, self._time, times.astype(np.float64), given)
         self._counting = unit is None
         if unit is None:
             assert given is not None
             self._unit = 1 / given
-            self.notes += (f"column {title} counts rows; --rate is its clock",)
+            self.notes += (f"column {title} counts rows; {self._rate_from} is its clock",)
             return
         self._unit = unit
         if self._time.seconds is None:
-            names = {1.0: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
-            self.notes += (f"times in column {title} are read as {names[unit]}",)
-        if self.start_time is None and wall_clock(first * unit) and not self._time.local:
-            self.start_time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=first * unit)
+            name = next(name for name, each in SHORT_UNITS.items() if each == unit)
+            self.notes += (f"times in column {title} are read as {name}",)
+        first = float(times[0]) * unit
+        if self.start_time is None and wall_clock(first) and not self._time.local:
+            self.start_time = since_1970(first)
 
-    def _relative(self, times: NDArray[Any]) -> NDArray[np.int64]:
+    def _relative(self, times: NDArray[Any]) -> Nanoseconds:
         assert self._unit is not None
-        if self._origin is None and times.size:
+        if self._origin is None:
             self._origin = times[0]
         if times.dtype.kind != "f":
             times = times.astype(np.int64)
@@ -225,211 +241,6 @@ class TableRecording(Recording):
                 f"{abs(seconds[-1]) / 3.15576e7:.0f} years: not a recording's clock"
             )
         return np.rint(seconds * 1e9).astype(np.int64)
-
-    def _read_clock(self, column: TimeColumn, given: float | None) -> Clock:
-        intervals, runs = Intervals(), Intervals()  # runs: rows of times that begin and end
-        resolution = Resolution()
-        rows, repeated, quantum = 0, 0, 0
-        start = -1  # row of the last time's first; not of the first time, which may be cut off
-        smallest, largest = np.iinfo(np.int64).max, 0
-        last = None
-        for times in self._nanoseconds(True, given, resolution):
-            if not times.size:
-                continue
-            steps = np.diff(times, prepend=times[:1] if last is None else last)
-            if (steps < 0).any():
-                bad = int(np.argmax(steps < 0))
-                raise RecordingError(
-                    f"{self.path}: row {self._first_row + rows + bad}: time in column "
-                    f"{column.title!r} goes back by {-steps[bad] / 1e9:g} s; sort the rows, "
-                    f"or split the file there"
-                )
-            starts = rows + np.flatnonzero(steps > 0)
-            if starts.size:
-                runs.add(np.diff(starts) if start < 0 else np.diff(starts, prepend=start))
-                start = int(starts[-1])
-            steps = steps[1:] if last is None else steps
-            moved = self._as_written(steps[steps > 0], resolution.written)
-            intervals.add(moved)
-            repeated += steps.size - moved.size
-            quantum = int(np.gcd.reduce(moved, initial=quantum))
-            if steps.size:
-                smallest, largest = min(smallest, steps.min()), max(largest, steps.max())
-            rows += times.size
-            last = int(times[-1])
-        if not rows and self._unit is None:
-            rows = sum(times.size for times, _ in self._rows([], time=True))
-            if not rows:
-                raise RecordingError(f"{self.path}: holds no rows")
-        if not last:
-            raise RecordingError(
-                f"{self.path}: time in column {column.title!r} does not move in {rows} rows: no rate"
-            )
-
-        mean = last / (rows - 1)
-        low, median, high = intervals.percentiles(5, 50, 95)
-        if rows / (rows - repeated) >= SHARED:
-            low_run, run, high_run = runs.percentiles(5, 50, 95) if runs else (1.0, 1.0, 1.0)
-            if high_run - low_run <= max(1.0, run / 2):
-                return self._coarse_clock(
-                    column, given, rows, last, median, high, high_run - low_run
-                )
-        gap = _GAP * median
-        gaps, missing, stray = 0, 0.0, 0.0
-        if smallest != largest:
-            gaps, missing, stray, _ = self._strays(mean, gap, median)
-        # Even: rows stray from a straight line by less than a tenth of a sample either way, or as
-        # a clock that is only written to its own resolution does, or that is stored to it. But a clock
-        # that is written to its interval and which hardly misses a beat has lost samples.
-        missed = quantum and last / quantum - (rows - 1)
-        lost = missed > 0.5 and quantum >= 0.75 * median and abs(mean / median - 1) <= 0.05
-        quantum = max(quantum, round(resolution.spacing * (self._unit or 0.0) * 1e9))
-        if stray <= 0.2 * mean or (stray <= 2 * quantum and not (lost or self._counting)):
-            return Clock(True, self._round_rate(1e9 / mean, rows, last, quantum), rows)
-
-        rate = 1e9 / median
-        samples = int(last / median + 1e-6) + 1
-        self._check_length(samples, rows, rate, last)
-        self.notes += (
-            f"uneven clock: resampled to its median rate {rate:g} Hz (intervals {low / 1e6:g} to "
-            f"{high / 1e6:g} ms from 5 to 95 %, median {median / 1e6:g} ms)",
-        )
-        if repeated:
-            self.notes += (
-                f"{repeated} of {rows} rows repeat the time before them and are dropped; "
-                f"all rows together make {1e9 / mean:g} Hz",
-            )
-        self._note_gaps(gaps, gap, missing)
-        return Clock(False, rate, samples, gap)
-
-    def _as_written(self, steps: NDArray[np.int64], written: float) -> NDArray[np.int64]:
-        """Steps (ns) of times that are whole multiples of `written`, but for a float's own error."""
-        place = round(written * (self._unit or 0.0) * 1e9)
-        return np.rint(steps / place).astype(np.int64) * place if place > 1 else steps
-
-    def _check_length(self, samples: int, rows: int, rate: float, last: int) -> None:
-        if samples > max(10_000_000, 1000 * rows):
-            raise RecordingError(
-                f"{self.path}: {rows} rows at {rate:g} Hz span {last / 8.64e13:.1f} days: "
-                f"almost all of it is a gap; split the file at its gaps"
-            )
-
-    def _note_gaps(self, gaps: int, gap: float, missing: float) -> None:
-        if gaps:
-            self.notes += (
-                f"{gaps} gaps longer than {gap / 1e6:g} ms, {missing / 1e9:.3g} s in all, "
-                f"are missing samples",
-            )
-
-    def _coarse_clock(
-        self,
-        column: TimeColumn,
-        given: float | None,
-        rows: int,
-        last: int,
-        tick: float,
-        longest: float,
-        spread: float,
-    ) -> Clock:
-        """A clock of which many rows share each time.
-
-        The rate is that of the ticks between the first and the last, which may be cut off.
-
-        Args:
-            column: the time column.
-            given: the user's --rate.
-            rows: of the table.
-            last: ns, of the last row.
-            tick: ns between times, the median.
-            longest: ns, of 95 % of the ticks.
-            spread: rows by which 90 % of the ticks differ.
-        """
-        count, span = self._full_ticks(1.5 * tick if longest <= 1.5 * tick else _GAP * tick)
-        # the first and the last row of the ticks are each known to a row, all others count
-        uncertain = 2 * max(1.0, spread) / count if count else tick / (last + tick)
-        rate = 1e9 * count / span if count else 1e9 * rows / (last + tick)
-        whole = float(round(rate))
-        if whole and abs(whole / rate - 1) <= uncertain:
-            rate = whole
-        source = (
-            f"{rate:g} Hz, give or take {100 * uncertain:.2g} %, from the rows that share a time"
-        )
-        if given is not None and abs(given / rate - 1) <= max(0.01, uncertain):
-            rate, source = given, "--rate is its rate"
-        elif not count:
-            raise RecordingError(
-                f"{self.path}: times in column {column.title!r} are written to {tick / 1e9:g} s and "
-                f"change once in {rows} rows: no rate; "
-                + ("pass --rate HZ" if given is None else f"--rate {given:g} does not fit them")
-            )
-        self.notes += (
-            f"times in column {column.title!r} are written to {tick / 1e9:g} s: {source}",
-        )
-
-        period = 1e9 / rate
-        gap = tick / 2 + _GAP * period
-        _, _, stray, _ = self._strays(period, np.inf, period)
-        if stray <= 1.5 * tick:
-            return Clock(True, rate, rows)
-        gaps, missing, _, end = self._strays(period, gap, period, tick)
-        samples = int(end / period + 1e-6) + 1
-        self._check_length(samples, rows, rate, last)
-        self.notes += (f"uneven clock: resampled to {rate:g} Hz",)
-        self._note_gaps(gaps, gap, missing)
-        return Clock(False, rate, samples, gap, tick)
-
-    def _full_ticks(self, longest: float) -> tuple[int, int]:
-        """Rows and ns of the ticks that begin and end in the table and are no longer than this."""
-        count, span, row = 0, 0, 0
-        start: tuple[int, int] | None = None  # row and time
-        last: int | None = None
-        for times in self._nanoseconds(False, None):
-            if not times.size:
-                continue
-            moved = np.flatnonzero(np.diff(times, prepend=times[0] if last is None else last))
-            rows, at = row + moved, times[moved]
-            if start is not None:
-                rows, at = np.insert(rows, 0, start[0]), np.insert(at, 0, start[1])
-            if rows.size:
-                start = int(rows[-1]), int(at[-1])
-            steps = np.diff(at)
-            full = steps <= longest
-            count += int(np.diff(rows)[full].sum())
-            span += int(steps[full].sum())
-            row += times.size
-            last = int(times[-1])
-        return count, span
-
-    def _strays(
-        self, mean: float, gap: float, median: float, tick: float = 0.0
-    ) -> tuple[int, float, float, int]:
-        """Second look at the times: gaps, ns missing in them, how far rows stray from a straight
-        line (ns from the earliest to the latest), and the last time."""
-        spread = Spread(mean, tick)
-        rows, gaps, missing = 0, 0, 0.0
-        early, late = 0.0, 0.0
-        last = 0
-        for times in map(spread, self._nanoseconds(False, None)):
-            if not times.size:
-                continue
-            steps = np.diff(times, prepend=last)
-            wide = steps[steps > gap]
-            gaps += wide.size
-            missing += float(wide.sum()) - wide.size * median
-            off = times - np.arange(rows, rows + times.size) * mean
-            early, late = min(early, float(off.min())), max(late, float(off.max()))
-            rows += times.size
-            last = int(times[-1])
-        return gaps, missing, late - early, last
-
-    @staticmethod
-    def _round_rate(rate: float, rows: int, last: int, quantum: int) -> float:
-        """The whole number of Hz, if the clock cannot tell it from the rate."""
-        whole = float(round(rate))
-        if not whole:
-            return rate
-        drift = abs((rows - 1) * 1e9 / whole - last)
-        return whole if drift <= max(quantum, 1) and drift <= 1e9 / rate else rate
 
     def _blocks(self, channels: list[int], seconds: float) -> Iterator[list[Array]]:
         channels = [self._places[channel] for channel in channels]
