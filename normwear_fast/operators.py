@@ -1,9 +1,9 @@
-"""The five operators of the packed encoder: what each means, in plain PyTorch.
+"""The operators of the packed encoder: what each means, in plain PyTorch.
 
 These functions are the definition every accelerated backend is tested against. Rows are packed
-(see :mod:`normwear_fast.packing`); S sequences, E = width, H heads. Below them, the same functions as
-``torch.library`` operators in the namespace ``normwear``, one node each for ``torch.compile`` and
-``torch.export``; steady-state encoding calls the functions directly.
+(see :mod:`normwear_fast.packing`); S sequences, E = width, H heads. Below them, as ``torch.library``
+operators in the namespace ``normwear``, the five that ``torch.export`` has one node each for and, for
+``torch.compile``, ``forward``: all of inference as one. Steady-state encoding calls the functions.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 @torch.library.custom_op("normwear::forward", mutates_args=(), tags=UNCAPTURED)
 def _forward(x: Tensor, handle: int, tokens: int, embed_dim: int) -> Tensor:
-    embedded: Tensor = _MODELS[handle]._forward_fast(x)
+    embedded: Tensor = _MODELS[handle]._forward_inference(x)
     return embedded
 
 

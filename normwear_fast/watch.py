@@ -12,24 +12,31 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 _WATCHES: WeakSet[Watch] = WeakSet()
 
+_NUMBERS = ("eps", "num_heads")
+"""What some layers compute with beside their parameters."""
+
 
 class Watch:
-    """Notices any change to a module's parameters: replaced, moved, written in place, or stepped; and a
-    hook or a ``forward`` of its own on one of its layers.
+    """Notices any change to a module's parameters: replaced, moved, written in place, or stepped; and to
+    what its layers do with them: hooks, a ``forward`` of their own, another eps or number of heads.
 
     autograd counts writes in place, except through ``p.data`` or a NumPy view, and those of torch's fused
     optimisers on a CPU: an optimiser that has the parameters says itself that it stepped. The tensors
-    are held, so that neither an ``id`` nor an address can be reused unnoticed.
+    are held, so that neither an ``id`` nor an address can be reused unnoticed. The module itself is not:
+    it has its watch, and a circle would keep the weights' memory until Python's collector comes by.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._members: list[tuple[dict[str, Any], str, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
-        self._hooks: list[dict[Any, Any]] = []
+        every = torch.nn.modules.module
+        self._hooks: list[dict[Any, Any]] = [
+            every._global_forward_hooks,
+            every._global_forward_pre_hooks,
+        ]
         self._attributes: list[dict[str, Any]] = []
+        self._numbers: list[tuple[dict[str, Any], str, Any]] = []
         for child in module.modules():
-            self._hooks += [child._forward_hooks, child._forward_pre_hooks]
-            self._attributes.append(child.__dict__)
             members = [*child._modules.items(), *child._parameters.items()]
             for name, member in members:
                 owner = child._modules if name in child._modules else child._parameters
@@ -40,6 +47,11 @@ class Watch:
                 ):
                     entry = (member, member.detach(), member._version, member.data_ptr())
                     self._tensors.append(entry)
+            if child is not module:
+                own = child.__dict__
+                self._hooks += [child._forward_hooks, child._forward_pre_hooks]
+                self._attributes.append(own)
+                self._numbers += [(own, name, own[name]) for name in _NUMBERS if name in own]
         self._parameters = [member for *_, member in self._members if isinstance(member, Tensor)]
         self._ids = {id(tensor) for tensor in self._parameters}
         self._stepped = False
@@ -51,7 +63,8 @@ class Watch:
         return (
             self.same_weights()
             and not any(self._hooks)
-            and not any("forward" in each for each in self._attributes)
+            and not any("forward" in own for own in self._attributes)
+            and all(own.get(name) == number for own, name, number in self._numbers)
         )
 
     def same_weights(self) -> bool:

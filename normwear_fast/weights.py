@@ -19,19 +19,12 @@ Where the sizes come from, first match:
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import pickletools
 import re
-import secrets
-import shutil
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,15 +36,10 @@ import torch
 from torch import Tensor
 
 from normwear_fast.config import NormWearConfig, check_config
-from normwear_fast.errors import (
-    OutputError,
-    UsageError,
-    WeightNamesError,
-    WeightsError,
-    one_line,
-)
-from normwear_fast.files import read_json
+from normwear_fast.errors import UsageError, WeightNamesError, WeightsError, first_line, one_line
+from normwear_fast.files import file_sha256, read_json
 from normwear_fast.reference import ReferenceNormWear
+from normwear_fast.tensor_files import read_pickled, read_safetensors, write_described
 from normwear_fast.wavelets import mother_wavelet
 
 ARCHITECTURE = "normwear"
@@ -67,9 +55,6 @@ number."""
 
 CONTAINERS = ("model", "state_dict")
 """Keys under which a training checkpoint keeps its state dict."""
-
-LONGEST_NAME = 1000
-"""Of a class or function in a pickle, in characters."""
 
 PICKLED = (".pth", ".pt", ".bin")
 FOREIGN_NAMES = (
@@ -157,7 +142,7 @@ def load_checkpoint(
     check_config(config)
     weights, label = _locate(str(source), revision)
     state_dict = read_state_dict(weights)
-    sha256 = _sha256(weights)
+    sha256 = file_sha256(weights)
     chosen, optimized_cwt, origin = _choose_config(weights.parent / CONFIG_FILE, config)
     has_decoder = check_names(state_dict, chosen, source=str(source), origin=origin)
     state_dict, notes = _widen(state_dict)
@@ -222,14 +207,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: no such file")
         if path.stat().st_size == 0:
             raise WeightsError(f"{path}: is empty (0 bytes)")
-        with path.open("rb") as file:
-            head = file.read(4)
+        path.open("rb").close()  # whether it may be read
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({one_line(error)})") from None
     if path.suffix == ".safetensors":
-        content: Any = _read_safetensors(path)
+        content: Any = read_safetensors(path)
     elif path.suffix in PICKLED:
-        content = _read_pickled(path, zipped=head == b"PK\x03\x04")
+        content = read_pickled(path)
     else:
         raise WeightsError(
             f"{path}: not a weights file by its name; "
@@ -385,7 +369,6 @@ def save_pretrained(
     """
     check_config(config)
     check_names(state_dict, config)
-    folder = Path(folder)
     values = {
         "architecture": ARCHITECTURE,
         "format_version": FORMAT_VERSION,
@@ -394,20 +377,7 @@ def save_pretrained(
         "metadata": dict(metadata or {}),
     }
     text = json.dumps(values, indent=2) + "\n"
-    tensors = _own_storage(state_dict)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _temporary(folder, CONFIG_FILE) as new_config, _temporary(folder, WEIGHTS_FILE) as new:
-            new_config.write_text(text, encoding="utf-8")
-            _write_safetensors(new, tensors)
-            shutil.copymode(new_config, new)  # safetensors makes files for the owner only
-            _sync(new_config)
-            _sync(new)
-            new.replace(folder / WEIGHTS_FILE)
-            new_config.replace(folder / CONFIG_FILE)
-        _sync(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: weights cannot be written ({_first_line(error)})") from None
+    write_described(Path(folder), WEIGHTS_FILE, state_dict, CONFIG_FILE, text, "weights")
 
 
 def convert(
@@ -446,17 +416,9 @@ def convert(
         parameters=sum(v.numel() for n, v in state_dict.items() if not n.endswith(_BUFFERS)),
         decoder=checkpoint.has_decoder,
         fusion=bool(checkpoint.fusion),
-        sha256=_sha256(Path(folder) / WEIGHTS_FILE),
+        sha256=file_sha256(Path(folder) / WEIGHTS_FILE),
         notes=checkpoint.notes,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of another library's error: what follows is advice for its own callers."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return one_line(lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _is_hub_id(source: str) -> bool:
@@ -530,7 +492,7 @@ def _snapshot(hub_id: str, revision: str | None, files: list[str]) -> Path:
         if HF_HUB_OFFLINE:
             reason = "offline (HF_HUB_OFFLINE is set) and not in the cache"
         else:
-            reason = f"not to be had from the hub and not in the cache ({_first_line(error)})"
+            reason = f"not to be had from the hub and not in the cache ({first_line(error)})"
         raise WeightsError(
             f"{hub_id}: no such file or folder, and as a Hugging Face id {reason}; fetch it once where "
             f"there is a network with {_fetching(hub_id, revision)}, or give a weights file"
@@ -540,77 +502,6 @@ def _snapshot(hub_id: str, revision: str | None, files: list[str]) -> Path:
 def _fetching(hub_id: str, revision: str | None) -> str:
     at = f" --revision {revision}" if revision else ""
     return f"`hf download {hub_id} {WEIGHTS_FILE} {CONFIG_FILE}{at}`"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # damaged files fail in every way
-        raise WeightsError(
-            f"{path}: not a safetensors file, or cut short ({_first_line(error)})"
-        ) from None
-
-
-def check_pickled_names(path: Path) -> None:
-    """A ValueError for a file of ``torch.save`` that asks for something by an endless name.
-
-    torch.load looks for patterns in the message of what it refuses, which quotes the name, in a time
-    that grows with the square of it: a damaged name of 80 kB takes minutes.
-    """
-    longest = 0
-    with contextlib.suppress(Exception):  # what else is wrong with it torch says
-        for name in _pickled_names(path):
-            longest = max(longest, len(name))
-    if longest > LONGEST_NAME:
-        raise ValueError(f"a name of {longest} characters")
-
-
-def _pickled_names(path: Path) -> Iterator[str]:
-    """What the pickles of a file of ``torch.save`` ask for."""
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(path.open("rb"))
-        pickles = 5  # of a file that is no zip: magic, protocol, machine, the object, its storages
-        if file.read(4) == b"PK\x03\x04":  # torch.load's own way to tell
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            file, pickles = stack.enter_context(archive.open(name)), 1
-        else:
-            file.seek(0)
-        for _ in range(pickles):
-            for code, argument, _ in pickletools.genops(file):
-                if code.name == "GLOBAL":
-                    yield str(argument)
-
-
-def _read_pickled(path: Path, *, zipped: bool) -> Any:
-    """What ``torch.save`` wrote, tensors and plain containers only."""
-    try:
-        check_pickled_names(path)
-        # Training scripts keep their arguments beside the weights; a Namespace only holds them.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of an odd pickle protocol: it loads, or the error says
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    # A damaged file makes the reader raise almost anything (KeyError, struct.error, EOFError, ...).
-    except Exception as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            raise WeightsError(
-                f"{path}: a pickle that asks to run {code[1]}; nothing of it was run. "
-                "Only tensors are read: torch.save(model.state_dict(), path) where the file is from"
-            ) from None
-        raise WeightsError(
-            f"{path}: not a checkpoint of torch.save, or cut short; nothing in it was run, "
-            "and only tensors are read"
-        ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _choose_config(
@@ -709,47 +600,3 @@ def _widen(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str,
         return state_dict, ()
     wide = {n: v.float() if v.dtype in _WIDENED else v for n, v in state_dict.items()}
     return wide, (f"weights are {' and '.join(kinds)}; converted to float32 for use",)
-
-
-def _own_storage(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU tensors as safetensors wants them: dense, no two sharing memory."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in state_dict.items():
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
-
-
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        # transformers asks for this key. More would come in random order, and the hash with them.
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(_first_line(error)) from None
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """A hidden name in the folder for a file that will be renamed; removed if it was not."""
-    path = folder / f".{name}.{secrets.token_hex(4)}"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's or folder's content is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

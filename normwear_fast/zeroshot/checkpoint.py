@@ -14,20 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwear_fast.errors import OutputError, WeightNamesError, WeightsError, one_line
-from normwear_fast.files import fits, read_json
-from normwear_fast.weights import (
-    FUSION_PREFIX,
-    _is_usable,
-    _kind,
-    _locate,
-    _own_storage,
-    _sha256,
-    _sync,
-    _temporary,
-    _write_safetensors,
-    read_state_dict,
-)
+from normwear_fast.errors import WeightNamesError, WeightsError
+from normwear_fast.files import file_sha256, fits, read_json
+from normwear_fast.tensor_files import write_described
+from normwear_fast.weights import FUSION_PREFIX, _is_usable, _kind, _locate, read_state_dict
 from normwear_fast.zeroshot.fusion import MSiTF
 
 WEIGHTS_FILE = "fusion.safetensors"
@@ -52,7 +42,7 @@ def load_fusion(source: str | Path) -> MSiTF:
         path, label = _locate(str(source), None)
     module = fusion_from_state_dict(read_state_dict(path), label)
     module.source = label
-    module.sha256 = _sha256(path)
+    module.sha256 = file_sha256(path)
     description = path.parent / DESCRIPTION_FILE
     if path.name == WEIGHTS_FILE and description.is_file():
         module.description = _read_description(description)
@@ -122,33 +112,14 @@ def save_fusion(module: MSiTF, folder: str | Path) -> None:
         folder: made if needed.
     Raises: OutputError where the folder cannot be written.
     """
-    folder = Path(folder)
-    tensors = _own_storage(
-        {FUSION_PREFIX + name: value.float() for name, value in module.state_dict().items()}
-    )
+    tensors = {FUSION_PREFIX + name: value.float() for name, value in module.state_dict().items()}
     values = module.description | {
         "format_version": FORMAT_VERSION,
         "embed_dim": module.embed_dim,
         "query_dim": module.query_dim,
     }
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _temporary(folder, DESCRIPTION_FILE) as new_description,
-            _temporary(folder, WEIGHTS_FILE) as new,
-        ):
-            new_description.write_text(text, encoding="utf-8")
-            _write_safetensors(new, tensors)
-            new.chmod(new_description.stat().st_mode)
-            _sync(new_description)
-            _sync(new)
-            new.replace(folder / WEIGHTS_FILE)
-            new_description.replace(folder / DESCRIPTION_FILE)
-        _sync(folder)
-    except OSError as error:
-        reason = one_line(error)
-        raise OutputError(f"{folder}: fusion module cannot be written ({reason})") from None
+    write_described(Path(folder), WEIGHTS_FILE, tensors, DESCRIPTION_FILE, text, "fusion module")
 
 
 def _read_description(path: Path) -> dict[str, Any]:

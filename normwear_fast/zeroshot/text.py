@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from normwear_fast.errors import InputError, WeightsError, one_line, reading, within
 from normwear_fast.files import fits, read_json
-from normwear_fast.weights import check_pickled_names
+from normwear_fast.tensor_files import check_pickled_names
 
 RELEASED_TEXT_ENCODER = "muzammil-eds/tinyllama-2.5T-Clinical-v2"
 """Hugging Face id of the text encoder the released fusion module was trained with, 2048 wide."""
