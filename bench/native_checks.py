@@ -3,8 +3,8 @@
 `checks` gives every operator of every instruction set the processor has, on random ragged inputs
 against the definition in float64, as bench.cuda_checks does for the GPU's: outputs are poisoned with
 NaN first, and each runs on one thread and on two, which must give the same bits. `not_run` names the
-sets that are missing here. tests/test_operators_cpu.py goes further into shapes and limits; this is
-what another machine's processor is asked before its numbers are believed.
+sets that are missing here. tests/operators_cpu/ goes further into shapes and limits; this is what
+another machine's processor is asked before its numbers are believed.
 """
 
 from __future__ import annotations

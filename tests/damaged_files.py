@@ -7,6 +7,7 @@ process has an end to its memory, and its replacement costs the driver nothing w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -276,7 +277,7 @@ def read_windows(path: Path) -> None:
 
 
 def read_labels(path: Path) -> None:
-    from normwear_fast.finetune.data import read_labels
+    from normwear_fast.finetune.labels import read_labels
 
     table = read_labels(path)
     assert len(table.labels) == len(table.recordings) == len(table.subjects) > 0
@@ -531,6 +532,41 @@ def read_finetuned(path: Path) -> None:
     assert found.values.shape == (1, len(predictor.task.classes or predictor.task.targets))
 
 
+class _Stopped(Exception):
+    pass
+
+
+def tune(folder: Path, say: Callable[[str], None] = lambda line: None) -> Any:
+    from normwear_fast.finetune import FineTuner, FineTuneSettings, LabelledWindows
+
+    data = LabelledWindows.from_arrays(noise(8, 1, 65), list("abababab"), subjects=list("11223344"))
+    settings = FineTuneSettings(mode="full", epochs=1, batch_size=4)
+    tuner = FineTuner(encoder(), settings, device="cpu", precision="float32", progress=say)
+    return tuner.fit(data, folder)
+
+
+def write_begun_tuning(folder: Path) -> Path:
+    """The folder of a run that ended as its encoder was trained."""
+    from normwear_fast.finetune import resume
+
+    def stop(line: str) -> None:
+        if line.startswith("full, epoch 1"):
+            raise _Stopped
+
+    before = resume.LEAST_SECONDS, resume.TIMES_ITS_WRITING
+    resume.LEAST_SECONDS = resume.TIMES_ITS_WRITING = 0  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(_Stopped):
+            tune(folder / "run", stop)
+    finally:
+        resume.LEAST_SECONDS, resume.TIMES_ITS_WRITING = before
+    return folder / "run"
+
+
+def go_on_tuning(path: Path) -> None:
+    assert len(tune(path).history) > 2
+
+
 # --- pretraining -----------------------------------------------------------------------------------
 
 
@@ -545,7 +581,8 @@ class _Waves:
 
 
 def pretrain(folder: Path) -> Any:
-    from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings, pretrain
+    from normwear_fast.pretrain.settings import PretrainSettings, RunSettings
+    from normwear_fast.pretrain.trainer import pretrain
 
     settings = PretrainSettings(steps=1, batch_size=1, accumulate=1, warmup=0)
     run = RunSettings(accelerator="cpu", devices=1, picture_every=0, probe_every=0)
@@ -647,6 +684,7 @@ CASES: dict[str, Case] = {
         lambda folder: write_llama(folder / "text", WORDS), read_text_encoder, slow=True
     ),
     "sentence_encoder": Case(write_sentences, read_text_encoder, slow=True),
+    "finetune_resumed": Case(write_begun_tuning, go_on_tuning, slow=True),
     "finetuned": Case(write_finetuned, read_finetuned),
     "features_cached": Case(write_features, read_features),
 }

@@ -1,13 +1,15 @@
-"""What several test files share: the reference numbers and the weights they were made with."""
+"""What several test files share: the reference numbers and their weights, full disks, commands."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def full_disk(size: int = 0) -> Iterator[None]:
 
 
 GOLDEN = Path(__file__).parent / "golden"
+BASIC_MOTIONS = Path(__file__).parent / "data" / "imu" / "basic_motions.npz"
 ENCODER_GOLDENS = tuple(sorted(path.stem for path in GOLDEN.glob("encoder_*.npz")))
 
 
@@ -117,3 +120,11 @@ def ends(child: BaseProcess, seconds: float = 30) -> bool:
         child.kill()
         child.join()
     return not alive
+
+
+def run_command(name: str, *words: object) -> int:
+    """Runs a subcommand's own code, in this process: its errors are raised."""
+    module = import_module(f"normwear_fast.cli.{name}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args([str(word) for word in words])))

@@ -22,13 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import encode_runs
 import numpy as np
-import test_encode
 
 from normwear_fast.encode import Summary, load_embeddings, pipeline
 from normwear_fast.encode.prepare import MISSING
 
-SETTINGS = replace(test_encode.SETTINGS, rate=65.0, max_missing=0.05)
+SETTINGS = replace(encode_runs.SETTINGS, rate=65.0, max_missing=0.05)
 
 
 def make_mixed(folder: Path, recordings: int) -> Path:
@@ -119,7 +119,7 @@ class Trials:
         assert self.summary.tally.skipped[MISSING] > 0, "some windows have gaps"
 
     def encode(self, output: Path, workers: int) -> Summary:
-        return test_encode.run(self.cohort, output, SETTINGS, workers=workers)
+        return encode_runs.run(self.cohort, output, SETTINGS, workers=workers)
 
     def _child(self, output: Path, workers: int) -> int:
         pid = os.fork()
@@ -175,7 +175,7 @@ class Trials:
 
 def digest(output: Path) -> str:
     """Of every row, in the inputs' order, to the bit."""
-    found = hashlib.sha256(repr(test_encode.rows(output)).encode())
+    found = hashlib.sha256(repr(encode_runs.rows(output)).encode())
     return found.hexdigest()
 
 

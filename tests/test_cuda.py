@@ -40,6 +40,7 @@ FLOAT8 = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.bfloat16)
 LENGTHS = (11, 12, 19, 20, 64, 65, 128, 129, 390, 391, 390)
 LONG = (641, 642, 1300)
+UNEVEN = (630,)  # 69 rows of patches, in chunks of 35 and 34: 8 tiles and 7
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +190,7 @@ def defined(
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("method", ["conv", "scipy"])
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["ragged", "long"])
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG, UNEVEN], ids=["ragged", "long", "uneven"])
 def test_tokenize(method: str, lengths: tuple[int, ...]) -> None:
     for width, scales, dtype, tf32 in (
         (36, 65, torch.float32, False),
@@ -213,6 +214,20 @@ def test_tokenize(method: str, lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("method", ["conv", "scipy"])
+def test_a_fill_value_stays_where_its_wavelets_reach(method: str) -> None:
+    """Tokens beside it are as exact as without it."""
+    tokenizer, series, samples, sequences = make((390,), method, 32)
+    series[195] = 1e6
+    exact = defined(tokenizer, series, samples, sequences, torch.float64)
+    rows = torch.empty(sequences.total, 32)
+    cuda_backend.tokenize(rows, series, samples, sequences, tokenizer)
+    size = exact.abs().amax(dim=1, keepdim=True)
+    assert (size < 100).sum() > 20  # tokens of the noise alone
+    assert ((rows.double() - exact).abs() / size).max() < 1e-5
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
 def test_tokenize_sequences_do_not_touch(order: list[int]) -> None:
     """The same bits whatever else is in the batch, and where."""
@@ -233,6 +248,24 @@ def test_tokenize_sequences_do_not_touch(order: list[int]) -> None:
     )
     expected = [rows.split(sequences.lengths)[i] for i in order]
     assert torch.equal(bits(other), bits(torch.cat(expected)))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_tokenize_keeps_tables_of_their_own() -> None:
+    """One model's: of lengths whose tokens are as many, and of either way to multiply."""
+    kept: dict[Any, Any] = {}
+    made = [make((length,), "conv", 32) for length in (64, 65)]
+    assert made[0][3].lengths == made[1][3].lengths
+    weight, templates = made[0][0].patch_weight, made[0][0].templates
+    for tf32 in (True, False):
+        for tokenizer, series, samples, sequences in made:
+            tokenizer.patch_weight, tokenizer.templates = weight, templates
+            exact = defined(tokenizer, series, samples, sequences, torch.float64)
+            tokenizer.prepared = kept
+            rows = torch.full((sequences.total, 32), torch.nan)
+            cuda_backend.tokenize(rows, series, samples, sequences, tokenizer, tf32=tf32)
+            bound = (2**-10 if tf32 else 3e-6) * exact.abs().max()
+            assert (rows.double() - exact).abs().max() <= bound
 
 
 def test_tokenize_tables_are_small() -> None:

@@ -31,8 +31,7 @@ from normwear_fast.errors import NormWearError, OutputError, WeightsError
 from normwear_fast.evaluate.baselines import Clap
 from normwear_fast.evaluate.samples import load_samples
 from normwear_fast.files import COUNT, fits
-from normwear_fast.pretrain.checkpoint import load_checkpoint as load_state
-from normwear_fast.pretrain.checkpoint import save_checkpoint
+from normwear_fast.pretrain.checkpoint import CHECKPOINT
 from normwear_fast.pretrain.data import SeriesShards
 from normwear_fast.pretrain.logs import Log
 from normwear_fast.weights import load_checkpoint
@@ -432,7 +431,7 @@ def test_an_endless_name_in_a_pickle(name: str, tmp_path: Path) -> None:
     """torch.load searched its own message for minutes, in the square of the name's length."""
     path = tmp_path / name
     path.write_bytes(b"\x80\x02c" + b"A" * 200_000 + b"\nx\n.")
-    load = load_checkpoint if name == "w.pth" else lambda path: load_state(path.parent)
+    load = load_checkpoint if name == "w.pth" else lambda path: CHECKPOINT.load(path.parent)
     began = time.process_time()
     with pytest.raises(NormWearError, match=f"{name}: not a checkpoint"):
         load(path)
@@ -460,9 +459,9 @@ def test_curves_that_cannot_be_gone_on_with(file: str, text: str, tmp_path: Path
 @pytest.mark.parametrize("lacks", ["identity", "step", "model", "optimizer"])
 def test_a_checkpoint_without_a_part(lacks: str, tmp_path: Path) -> None:
     state = {"identity": {}, "step": 3, "skipped": 0, "model": {}, "optimizer": {}}
-    save_checkpoint(tmp_path, {name: value for name, value in state.items() if name != lacks})
+    CHECKPOINT.save(tmp_path, {name: value for name, value in state.items() if name != lacks})
     with pytest.raises(OutputError, match=r"checkpoint\.pt: is damaged"):
-        load_state(tmp_path)
+        CHECKPOINT.load(tmp_path)
 
 
 def test_fusion_weights_of_no_use(tmp_path: Path) -> None:

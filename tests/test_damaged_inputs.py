@@ -20,6 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 from pyarrow import parquet
+from recording_checks import signal
+from recording_writers import (
+    raw_of,
+    write_brainvision,
+    write_e4,
+    write_eeglab,
+    write_gdf,
+    write_h5,
+    write_zarr,
+    zipped,
+)
 
 from normwear_fast.cli.main import main
 from normwear_fast.recordings import find_recordings, open_recording
@@ -27,7 +38,6 @@ from normwear_fast.recordings import find_recordings, open_recording
 for _package in ("edfio", "h5py", "mne", "wfdb", "zarr"):
     pytest.importorskip(_package)
 
-import test_formats as formats  # noqa: E402
 
 SECONDS = 30.0  # for one file; the slowest good one takes a tenth
 RATE = 50.0
@@ -44,7 +54,7 @@ def _wfdb(folder: Path) -> Path:
         fs=RATE,
         units=["mV", "mV"],
         sig_name=["I", "II"],
-        p_signal=formats.signal(2, 600).T / 100,
+        p_signal=signal(2, 600).T / 100,
         fmt=["16", "16"],
         write_dir=str(folder),
     )
@@ -54,9 +64,11 @@ def _wfdb(folder: Path) -> Path:
 def _edf(folder: Path, suffix: str = "edf") -> Path:
     import edfio
 
-    data = formats.signal(2, 600)
-    kind, signal = (edfio.Edf, edfio.EdfSignal) if suffix == "edf" else (edfio.Bdf, edfio.BdfSignal)
-    one = kind([signal(x, sampling_frequency=RATE, label=f"C{i}") for i, x in enumerate(data)])
+    data = signal(2, 600)
+    kind, channel = (
+        (edfio.Edf, edfio.EdfSignal) if suffix == "edf" else (edfio.Bdf, edfio.BdfSignal)
+    )
+    one = kind([channel(x, sampling_frequency=RATE, label=f"C{i}") for i, x in enumerate(data)])
     one.write(folder / f"rec.{suffix}")
     return folder / f"rec.{suffix}"
 
@@ -64,7 +76,7 @@ def _edf(folder: Path, suffix: str = "edf") -> Path:
 def _text(folder: Path, suffix: str) -> Path:
     separator = "," if suffix == "csv" else "\t"
     rows = [separator.join(["ecg", "ppg"])]
-    rows += [separator.join(f"{x:.3f}" for x in row) for row in formats.signal(2, 300).T]
+    rows += [separator.join(f"{x:.3f}" for x in row) for row in signal(2, 300).T]
     (folder / f"rec.{suffix}").write_text("\n".join(rows) + "\n")
     return folder / f"rec.{suffix}"
 
@@ -73,24 +85,24 @@ def _parquet(folder: Path) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
-    data = formats.signal(2, 600)
+    data = signal(2, 600)
     parquet.write_table(pa.table({"a": data[0], "b": data[1]}), folder / "rec.parquet")
     return folder / "rec.parquet"
 
 
 def _npy(folder: Path) -> Path:
-    np.save(folder / "rec.npy", formats.signal(2, 600))
+    np.save(folder / "rec.npy", signal(2, 600))
     return folder / "rec.npy"
 
 
 def _npz(folder: Path) -> Path:
-    np.savez_compressed(folder / "rec.npz", data=formats.signal(2, 600), sampling_rate=RATE)
+    np.savez_compressed(folder / "rec.npz", data=signal(2, 600), sampling_rate=RATE)
     return folder / "rec.npz"
 
 
 def _fill(**options: Any) -> Callable[[Any, Any], None]:
     def fill(root: Any, put: Any) -> None:
-        put(root, "data", formats.signal(2, 600, np.float32), **options)
+        put(root, "data", signal(2, 600, np.float32), **options)
         root.attrs["sampling_rate"] = RATE
         root.attrs["channels"] = ["a", "b"]
 
@@ -98,21 +110,21 @@ def _fill(**options: Any) -> Callable[[Any, Any], None]:
 
 
 def _fif(folder: Path) -> Path:
-    raw = formats.raw_of(formats.signal(2, 600) * 1e-6, RATE)
+    raw = raw_of(signal(2, 600) * 1e-6, RATE)
     raw.save(folder / "rec_raw.fif", buffer_size_sec=2, verbose="ERROR")
     return folder / "rec_raw.fif"
 
 
 def _gdf(folder: Path) -> Path:
-    data = list(formats.signal(2, 600, np.int16))
-    return formats.write_gdf(folder / "rec.gdf", data, [50, 50], "2.20")
+    data = list(signal(2, 600, np.int16))
+    return write_gdf(folder / "rec.gdf", data, [50, 50], "2.20")
 
 
 def _e4(folder: Path, archive: bool) -> Path:
-    formats.write_e4(folder / "rec", 12)
+    write_e4(folder / "rec", 12)
     if not archive:
         return folder / "rec"
-    path = formats.zipped(folder / "rec", folder / "rec.zip")
+    path = zipped(folder / "rec", folder / "rec.zip")
     shutil.rmtree(folder / "rec")
     return path
 
@@ -120,7 +132,7 @@ def _e4(folder: Path, archive: bool) -> Path:
 def _sample(folder: Path) -> Path:
     sample = {
         "uid": "u1",
-        "data": formats.signal(2, 390, np.float16),
+        "data": signal(2, 390, np.float16),
         "sampling_rate": 65,
         "label": [{"class": 1}],
     }
@@ -138,23 +150,19 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "parquet": _parquet,
     "npy": _npy,
     "npz": _npz,
-    "h5": lambda folder: formats.write_h5(folder / "rec.h5", _fill()),
-    "h5_chunked": lambda folder: formats.write_h5(
+    "h5": lambda folder: write_h5(folder / "rec.h5", _fill()),
+    "h5_chunked": lambda folder: write_h5(
         folder / "rec.h5", _fill(chunks=(1, 200), compression="gzip")
     ),
-    "zarr2": lambda folder: formats.write_zarr(folder / "rec.zarr", _fill(chunks=(1, 200)), 2),
-    "zarr3": lambda folder: formats.write_zarr(folder / "rec.zarr", _fill(chunks=(1, 200)), 3),
-    "zarr_zip": lambda folder: formats.write_zarr(folder / "rec.zip", _fill(chunks=(1, 200)), 3),
+    "zarr2": lambda folder: write_zarr(folder / "rec.zarr", _fill(chunks=(1, 200)), 2),
+    "zarr3": lambda folder: write_zarr(folder / "rec.zarr", _fill(chunks=(1, 200)), 3),
+    "zarr_zip": lambda folder: write_zarr(folder / "rec.zip", _fill(chunks=(1, 200)), 3),
     "fif": _fif,
-    "brainvision": lambda folder: formats.write_brainvision(
-        folder, formats.signal(2, 600, np.int16), DataPoints="600"
+    "brainvision": lambda folder: write_brainvision(
+        folder, signal(2, 600, np.int16), DataPoints="600"
     ),
-    "eeglab_fdt": lambda folder: formats.write_eeglab(
-        folder, formats.signal(2, 600, np.float32), "fdt"
-    ),
-    "eeglab": lambda folder: formats.write_eeglab(
-        folder, formats.signal(2, 600, np.float32), "variables"
-    ),
+    "eeglab_fdt": lambda folder: write_eeglab(folder, signal(2, 600, np.float32), "fdt"),
+    "eeglab": lambda folder: write_eeglab(folder, signal(2, 600, np.float32), "variables"),
     "gdf": _gdf,
     "e4": lambda folder: _e4(folder, False),
     "e4_zip": lambda folder: _e4(folder, True),

@@ -36,8 +36,9 @@ def plain(model, windows, method):
 @pytest.mark.parametrize("method", ["conv", "scipy"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("pool", ["patch", "mean", "cls"])
-def test_exact_in_float64(method, depth, pool):
+def test_exact_in_float64(method, depth, pool, monkeypatch):
     """Depth decides which layer is last: with a fusion block behind it, and without."""
+    monkeypatch.setattr("normwear_fast.engine.MLP_ROWS", 100)  # tiles, the last one not full
     config = NormWearConfig(
         embed_dim=32, depth=depth, num_heads=2, decoder_embed_dim=16, decoder_depth=1
     )
@@ -56,6 +57,24 @@ def test_exact_in_float64(method, depth, pool):
     expected = torch.cat(rows)
     assert got.shape == expected.shape
     assert (got - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("pool", ["patch", "mean", "cls"])
+def test_products_that_land_beside_the_residual(model, pool, monkeypatch):
+    """bfloat16 over float32: what a product leaves pending is added once, tile by tile, [CLS] or not."""
+    monkeypatch.setattr("normwear_fast.engine.MLP_ROWS", 100)
+    shapes = [(2, 40), (1, 41), (3, 64)]
+    windows = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    series, layout = (
+        torch.cat([w.flatten() for w in windows]),
+        Layout(shapes, "conv", CONFIG, torch.device("cpu")),
+    )
+    exact = Engine(fold(model, torch.float64), CONFIG, "conv", TORCH).run(series, layout, pool)
+    engine = Engine(fold(model, torch.bfloat16), CONFIG, "conv", TORCH)
+    assert not engine.accumulates
+    error = engine.run(series.float(), layout, pool).double() - exact
+    # Roundings of 2^-9, some ten in each of three layers; the worst of 900 windows had 0.014.
+    assert (error.norm(dim=1) <= 2**-5 * exact.norm(dim=1)).all()
 
 
 def test_norms_fold_into_the_next_linear(model):

@@ -150,7 +150,7 @@ def test_tables_are_filled_when_they_must_be(monkeypatch):
         patch.setattr(arena, "send", broken)
         with pytest.raises(RuntimeError, match="no memory"):
             fixed.fill(second)
-    for layout in (first, second):
+    for layout in (second, first):
         fixed.fill(layout)
         assert_tables_say(layout, fixed, (16, 64))
     with pytest.raises(ValueError, match="broadcast"):  # rather than into the next table
@@ -187,6 +187,43 @@ def test_the_packed_layers_are_the_engines(pool, depth):
     expected = Engine(fold(model, torch.float32), config, "conv", TORCH).run(series, layout, pool)
     got = encoder_of(model, "float32").run(series, layout, pool)
     assert got.dtype == torch.float32
+    assert torch.allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "patch"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_float8s_layers_without_its_rounding(pool, depth, monkeypatch):
+    """fp8's arrangement with float32 in place of its types: each scale, and what fc2 leaves pending."""
+    for module in ("gpu", "linear_float8"):
+        monkeypatch.setattr(f"normwear_fast.{module}.FLOAT8", torch.float32)
+
+    def scaled(x, out, scale):
+        scale.copy_(torch.rand(len(x)) + 0.5)
+        return out.copy_(x / scale[:, None])
+
+    def norm(residual, carried, eps, *, update=None, out=None, scale=None):
+        if scale is None:
+            return TORCH.residual_norm(residual, carried, eps, update=update, out=out)
+        return scaled(TORCH.residual_norm(residual, carried, eps, update=update), out, scale)
+
+    def gelu(x, bias, *, out=None, scale=None):
+        TORCH.bias_gelu(x, bias)
+        return x if out is None else scaled(x, out, scale)
+
+    config = dataclasses.replace(SMALL, depth=depth, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=depth).requires_grad_(False)
+    for value in model.parameters():  # norms and biases that are not ones and zeros
+        value += 0.1 * torch.randn(value.shape)
+    layout = Layout([(1, 40), (3, 40), (2, 131)], "conv", config, CPU)
+    series = torch.randn(layout.samples.total)
+    expected = Engine(fold(model, torch.float32), config, "conv", TORCH).run(series, layout, pool)
+    engine = encoder_of(
+        model, "fp8", dataclasses.replace(TORCH, residual_norm=norm, bias_gelu=gelu)
+    )
+    encoder, folded = engine.encoder, fold(model, torch.float32)
+    encoder.dtype = encoder.residual_dtype = torch.float32
+    encoder.blocks, encoder.fusions = list(folded.blocks), folded.fusions
+    got = engine.run(series, layout, pool)
     assert torch.allclose(got, expected, atol=2e-5)
 
 
@@ -489,12 +526,14 @@ def test_captured_layers_are_replayed(monkeypatch, narrow):
     plain = FastNormWear(True, config=config, precision="float32", backend="torch")
     model._engine().encoder.captured = True
     rng = np.random.default_rng()
-    # Two of one bucket share a graph; a larger one makes room; what was captured before is made anew.
+    # Two of one bucket share a graph; a larger one makes room; what was captured before is made anew;
+    # all rows and [CLS] alone are two.
     for samples, pool, graphs in (
         (20, "mean", 1),
         (21, "mean", 1),
         (40, "cls", 2),
         (20, "mean", 3),
+        (20, "cls", 4),
     ):
         windows = rng.standard_normal((1, 1, samples))
         got, expected = (m.encode(windows, pool=pool) for m in (model, plain))
@@ -502,8 +541,21 @@ def test_captured_layers_are_replayed(monkeypatch, narrow):
         assert Recorded.made == graphs
     # Every graph's workspace is its encoder's: one stream, and one pool as long as a graph lives.
     assert len(streams) == 1
-    assert pools == [None, None, 2]
-    assert steps == ["layers", "layers", "begin", "clear", "layers", "clear", "end"] * 3
+    assert pools == [None, None, 2, 3]
+    assert steps == ["layers", "layers", "begin", "clear", "layers", "clear", "end"] * 4
+
+
+def test_buckets_of_equal_rows_have_tables_for_as_many_sequences_as_come():
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
+    folded = fold(ReferenceNormWear(config, decoder=False, seed=0), torch.float32)
+    encoder = GpuEncoder(folded, config, "float32", TORCH)
+    few, many = (Layout([shape], "conv", config, CPU) for shape in ((1, 690), (10, 60)))
+    buckets = [encoder._bucket(layout).layout for layout in (few, many)]
+    assert [bucket.sequences.total for bucket in buckets] == [1_024, 1_024]
+    for layout, bucket in zip((few, many), buckets, strict=True):
+        bucket.fill(layout)
+        assert_tables_say(layout, bucket, (16,))
+    assert encoder._bucket(few).layout is buckets[0]
 
 
 def test_inference_mode_and_none_in_turn(narrow):

@@ -98,8 +98,9 @@ def recorded(rng: np.random.Generator, dtype: Any, n: int) -> tuple[np.ndarray, 
     if dtype == np.float32:
         gap = rng.choice([np.nan, np.inf, -np.inf], (2, n))
         return np.where(lost, gap, walk).astype(np.float32), {"gain": [0.1, 2.0]}
-    raw = np.where(lost, -30_000, walk.clip(-29_000, 29_000)).astype(dtype)
-    return raw, {"gain": [0.1, 0.013], "baseline": [1.5, -20.0], "invalid": -30_000}
+    codes = [-30_000, 31_000]
+    raw = np.where(lost, np.array(codes)[:, None], walk.clip(-29_000, 29_000)).astype(dtype)
+    return raw, {"gain": [0.1, 0.013], "baseline": [1.5, -20.0], "invalid": codes}
 
 
 def same(got: IngestedWindows, expected: IngestedWindows) -> None:

@@ -44,6 +44,13 @@ def test_micro_batches_hold_every_window_once_within_the_budget(shapes, budget):
     assert batches == plan_micro_batches(shapes, tokens, budget)
 
 
+def test_a_budget_is_used_whole():
+    """234 windows of 560 tokens are a GPU's budget, six a CPU's: not one fewer."""
+    batches = plan_micro_batches([(1, 390)] * 4, [560] * 4, 1_120)
+    assert [batch.windows for batch in batches] == [(0, 1), (2, 3)]
+    assert plan_units([560] * 4, 1_120) == [range(0, 2), range(2, 4)]
+
+
 @given(st.lists(st.integers(1, 5_000), max_size=60), st.integers(1, 20_000))
 def test_units_are_consecutive_and_bounded(tokens, limit):
     units = plan_units(tokens, limit)

@@ -62,7 +62,9 @@ def test_counts_and_bytes_are_those_of_the_run(
     assert written == pytest.approx(plan["output_bytes"] * share, rel=0.15)
 
 
-def test_flops_of_ragged_recordings(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flops_are_counted_window_by_window(
+    recordings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = planned(capsys, recordings, "--window", 6)
     config = NormWearConfig.base()
     counts = {2: 2, 3: 1, 1: 6}  # channels -> windows
@@ -71,7 +73,7 @@ def test_flops_of_ragged_recordings(recordings: Path, capsys: pytest.CaptureFixt
     assert plan["flops"] / plan["channel_windows"] == pytest.approx(107e9, rel=0.01)
 
 
-def test_a_list_of_windows(
+def test_a_list_of_windows_is_planned_as_listed(
     recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listing = tmp_path / "windows.csv"
@@ -97,7 +99,9 @@ def test_dry_run_prints_the_plan(recordings: Path, capsys: pytest.CaptureFixture
         assert f"{device.basis} {device.date}: {device.source}" in plan
 
 
-def test_devices(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_devices_are_found_by_name_and_number(
+    recordings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, float8, eight, _ = named_devices(["h100", "8xH100"])
     assert (one.precision, float8.precision) == ("bfloat16", "fp8")
     assert one.hours(8e15) == pytest.approx([8 * hours for hours in eight.hours(8e15)])
@@ -122,7 +126,7 @@ def test_every_device_says_what_it_rests_on() -> None:
         assert device.source
 
 
-def test_a_recording_that_cannot_be_encoded(
+def test_a_recording_that_cannot_be_encoded_is_left_out_of_the_plan(
     recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no archive")
@@ -133,7 +137,7 @@ def test_a_recording_that_cannot_be_encoded(
     assert (plan["recordings"], plan["recordings_failed"], plan["windows"]) == (4, 1, 9)
 
 
-def test_words_for_numbers() -> None:
+def test_numbers_have_units_that_people_read() -> None:
     assert [_si(v) for v in (1.07e11, 5.13e12, 2e20)] == ["107 G", "5.13 T", "200 E"]
     assert [_bytes(v) for v in (12, 1.5e3, 2.34e12)] == ["12 bytes", "1.5 kB", "2.34 TB"]
     assert _span((200.4, 250.6)) == "200 to 251 h"

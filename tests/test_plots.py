@@ -175,7 +175,7 @@ def test_the_mask_covers_its_patches():
         plots.scalogram_mask(np.zeros((3, 387, 65)), np.zeros(10))
 
 
-def test_wrong_input():
+def test_input_of_another_shape_is_refused():
     with pytest.raises(InputError, match="three or more"):
         plots.radar(["a"], ["x", "y"], np.ones((1, 2)))
     with pytest.raises(InputError, match="2 models and 2 tasks"):

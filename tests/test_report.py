@@ -101,7 +101,7 @@ def test_nothing_is_loaded_and_no_name_is_markup(output: Path) -> None:
     assert "&lt;script&gt;document.title=&#x27;taken&#x27;&lt;" in page
 
 
-def test_a_chosen_window(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_window_asked_for_is_shown(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     window = section(
         build_report(output, recording="gaps", window_id="4"), "A window and its scalogram"
     )
@@ -113,14 +113,16 @@ def test_a_chosen_window(output: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("pooling", ["mean", "concat"])
-def test_pooled_channels(recordings: Path, weights: Path, tmp_path: Path, pooling: str) -> None:
+def test_pooled_channels_are_one_point_a_window(
+    recordings: Path, weights: Path, tmp_path: Path, pooling: str
+) -> None:
     folder = encode(recordings, weights, tmp_path / "out", "--channel-pool", pooling)
     maps = section(build_report(folder), "Map of the embeddings")
     assert maps.count("<circle") == 2 * (50 if pooling == "mean" else 100)
     assert ("</i>ECG + PPG" in maps) == (pooling == "mean")
 
 
-def test_recordings_that_are_gone_or_changed(
+def test_recordings_that_are_gone_or_changed_are_said_to_be(
     recordings: Path, weights: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "recordings"
@@ -139,7 +141,7 @@ def test_recordings_that_are_gone_or_changed(
     assert page.count("data:image/png") == 0
 
 
-def test_missing_data_of_each_channel(recordings: Path, output: Path) -> None:
+def test_missing_data_is_told_apart_by_channel(recordings: Path, output: Path) -> None:
     manifest = json.loads((output / "manifest.json").read_text())
     entry = next(e for e in manifest["inputs"] if e["recording"] == "gaps")
     (ecg, cells, share), (ppg, whole, none) = _channel_missing(entry, None)
@@ -148,7 +150,9 @@ def test_missing_data_of_each_channel(recordings: Path, output: Path) -> None:
     np.testing.assert_array_equal(whole, 0)
 
 
-def test_mistakes(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_replace_nothing(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "no manifest.json there" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 2
@@ -201,11 +205,11 @@ def test_mistakes(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("channel_1", "other"),
     ],
 )
-def test_modalities(name: str, kind: str) -> None:
+def test_modalities_are_guessed_from_names(name: str, kind: str) -> None:
     assert guess_modality(name) == kind
 
 
-def test_pictures() -> None:
+def test_pictures_hold_their_values_and_no_markup_of_names() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     data = _png(pixels)
     width, height = struct.unpack(">II", data[16:24])
@@ -225,7 +229,9 @@ def test_pictures() -> None:
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (apt: chromium)")
-def test_in_a_browser(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_whole_in_a_browser(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As users see it: loads nothing, runs nothing, fits a phone, draws everything."""
     target = tmp_path / "page.html"
     assert main(["report", str(output), "--output", str(target)]) == 0

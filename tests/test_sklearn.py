@@ -201,7 +201,7 @@ def test_arguments_that_agree_with_the_model_are_not(model: FastNormWear) -> Non
     )
 
 
-def test_weights_from_a_folder(model: FastNormWear, tmp_path: Path) -> None:
+def test_weights_may_be_a_folder(model: FastNormWear, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     X = signals(2, 130)
     out = NormWearTransformer(tmp_path, precision="float32").fit_transform(X)
@@ -219,12 +219,14 @@ def test_weights_from_a_folder(model: FastNormWear, tmp_path: Path) -> None:
         ({}, signals(2, 2, 2, 130), "dim 4"),
     ],
 )
-def test_wrong_input(model: FastNormWear, options: dict[str, Any], X: Any, words: str) -> None:
+def test_input_that_is_no_windows_is_refused(
+    model: FastNormWear, options: dict[str, Any], X: Any, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         NormWearTransformer(model, **options).fit(X)
 
 
-def test_another_shape_than_fitted(model: FastNormWear) -> None:
+def test_another_shape_than_fitted_is_refused(model: FastNormWear) -> None:
     transformer = NormWearTransformer(model).fit(signals(2, 3, 130))
     with pytest.raises(InputError, match=r"\(3, 131\).*\(3, 130\)"):
         transformer.transform(signals(2, 3, 131))

@@ -25,7 +25,8 @@ def draw(rng, *shape, dtype=torch.float32) -> torch.Tensor:
 def test_parity(choice, dtype, rows, columns, inner):
     """Whole tiles, and edges in every dimension; more tiles than programs; rows inside a wider matrix."""
     rng = np.random.default_rng()
-    x = draw(rng, rows, inner + 8, dtype=dtype)[:, :inner]
+    x = torch.full((rows, inner + 8), torch.nan, dtype=dtype)[:, :inner]
+    x.copy_(draw(rng, rows, inner))
     weight, bias = draw(rng, columns, inner, dtype=dtype) / 4, draw(rng, columns)
     buffer = torch.full((rows + 2, columns + 8), torch.nan, dtype=dtype)
     out = buffer[:rows, :columns]

@@ -18,9 +18,9 @@ def draw(rng, *shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
     return torch.from_numpy(scale * rng.standard_normal(shape)).to(dtype)
 
 
-def strided(x: torch.Tensor) -> torch.Tensor:
+def strided(x: torch.Tensor, room: int = 8) -> torch.Tensor:
     """The same rows inside a wider matrix of NaN."""
-    wide = torch.full((len(x), x.shape[1] + 8), torch.nan, dtype=torch.float32).to(x.dtype)
+    wide = torch.full((len(x), x.shape[1] + room), torch.nan, dtype=torch.float32).to(x.dtype)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
 
@@ -50,18 +50,22 @@ def expectation(residual, carried, update) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("with_carried", [False, True])
 def test_parity(dtype, update_dtype, out_dtype, width, with_carried):
     rng = np.random.default_rng()
-    rows = int(rng.integers(2, 12))
+    rows = int(rng.integers(4, 12))
     residual = draw(rng, rows, width, dtype=dtype, scale=30.0) + 10.0
     residual[1] = 3.0  # no variance
+    # As much as eps, and so little that a norm is 1e-5 of a unit.
+    little = torch.tensor([[EPS**0.5], [1e-5 * EPS**0.5]])
+    residual[2:4] = little * draw(rng, 2, width)
     residual = strided(residual)
     update = None
     if update_dtype is not None:
-        update = strided(draw(rng, rows, width, dtype=update_dtype, scale=60.0))
+        update = strided(draw(rng, rows, width, dtype=update_dtype, scale=60.0), room=16)
         update[1] = 5.0
+        update[2:4] = little * draw(rng, 2, width)
     carried = draw(rng, width) if with_carried else None
     stored, expected = expectation(residual, carried, update)
 
-    out = strided(torch.full((rows, width), torch.nan).to(out_dtype))
+    out = strided(torch.full((rows, width), torch.nan).to(out_dtype), room=24)
     scale = torch.full((rows + 2,), torch.nan)
     float8 = out_dtype == FLOAT8
     got = residual_norm(
@@ -102,6 +106,11 @@ def test_the_last_programs_rows(monkeypatch):
     assert torch.equal(whole[:6], stored)
     assert torch.equal(whole[6:], before[6:])
     assert out[6:].isnan().all()
+    out, scale = torch.zeros(8, 64).to(FLOAT8), torch.full((8,), torch.nan)
+    residual_norm(whole[:6], carried, EPS, out=out[:6], scale=scale)
+    assert scale[:6].isfinite().all()
+    assert scale[6:].isnan().all()
+    assert not out[6:].float().any()
 
 
 def test_results_of_its_own():
