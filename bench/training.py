@@ -34,7 +34,8 @@ from bench.saving import save
 from normwear_fast import NormWearConfig, scalogram
 from normwear_fast.benchmarking import set_allocator_thresholds
 from normwear_fast.pretrain.masking import kept_counts
-from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings, pretrain
+from normwear_fast.pretrain.settings import PretrainSettings, RunSettings
+from normwear_fast.pretrain.trainer import pretrain
 from normwear_fast.reference import ReferenceNormWear
 
 CHANNELS, SAMPLES = 4, 388

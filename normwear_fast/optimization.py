@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -21,6 +24,15 @@ def rate_factor(step: int, steps: int, warm_up: int) -> float:
         return (step + 1) / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def with_plain_numbers(settings: Any) -> None:
+    """Turns NumPy's numbers in a frozen dataclass into Python's: torch's seeds, JSON and a checkpoint
+    that runs nothing know no others."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(settings, each.name, value.item())
 
 
 def decays(parameter: Tensor) -> bool:

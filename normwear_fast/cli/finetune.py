@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 HELP = (
     "Fine-tune on labelled windows: a head on embeddings made once (the default), the whole encoder, or "
     "LoRA. Writes a folder that encode and predict load. Exit code 0: done; 1: some recordings failed "
-    "(listed) and the rest was trained on; 2: refused; 130: Ctrl-C, and what was best so far is written."
+    "(listed) and the rest was trained on; 2: refused; 130: Ctrl-C, and what was best so far is written. "
+    "After Ctrl-C, a kill or a power cut the same command goes on."
 )
 EXAMPLE = """\
 normwear-fast finetune cohort/ --labels labels.csv --weights normwear.safetensors --output stress/
@@ -141,14 +142,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="reader processes (1)")
-    run.add_argument("--overwrite", action="store_true", help="replace a fine-tuned model in DIR")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew in DIR, and replace a fine-tuned model there",
+    )
     run.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    from normwear_fast.checkpoint import CHECKPOINT_FILE
     from normwear_fast.cli.main import print_error
     from normwear_fast.finetune.predictor import check_output
-    from normwear_fast.finetune.training import FineTuner, FineTuneSettings
+    from normwear_fast.finetune.settings import FineTuneSettings
+    from normwear_fast.finetune.training import FineTuner
 
     settings = FineTuneSettings(
         mode=args.mode,
@@ -166,15 +173,19 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     output = Path(args.output)
-    check_output(output, overwrite=args.overwrite)
+    check_output(output, overwrite=args.overwrite, going_on=True)
     for module in ("lightning_fabric", "sklearn.model_selection"):
         require(module, "fine-tuning", "train")
     data = _from_recordings(args) if args.labels else _from_samples(args)
     tuner = FineTuner(
         args.weights, settings, device=args.device, precision=args.precision, progress=_say
     )
-    predictor = tuner.fit(data)
-    predictor.save_pretrained(output, overwrite=args.overwrite)
+    try:
+        predictor = tuner.fit(data, output, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        if (output / CHECKPOINT_FILE).exists():
+            _say("the same command goes on")
+        raise
     for message in data.failed.values():
         print_error(message)
     if args.json:
@@ -187,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _from_recordings(args: argparse.Namespace) -> LabelledWindows:
-    from normwear_fast.finetune.data import Preparation, read_labelled, read_labels
+    from normwear_fast.finetune.data import Preparation
+    from normwear_fast.finetune.labels import read_labelled, read_labels
 
     if args.workers < 0:
         raise UsageError(f"--workers {args.workers}: it must be 0 or more")
@@ -241,12 +253,15 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _subjects(count: int) -> str:
+    return f" ({count} subject{'s' * (count != 1)})" if count else ""
+
+
 def _lines(predictor: Predictor, output: Path) -> list[str]:
     about: dict[str, Any] = predictor.description
     data = about["data"]
     parts = [
-        f"{count:,} {part}"
-        + (f" ({data['subjects'][part]} subjects)" if data["subjects"][part] else "")
+        f"{count:,} {part}" + _subjects(data["subjects"][part])
         for part, count in data["windows"].items()
         if count
     ]
@@ -260,7 +275,8 @@ def _lines(predictor: Predictor, output: Path) -> list[str]:
         lines.append(f"{part}: {values}")
     training = about["training"]
     if training["interrupted"]:
-        lines.append(f"stopped in epoch {training['epochs_run']}; this is the best so far")
+        epoch = training["epochs_run"]
+        lines.append(f"stopped in epoch {epoch}; this is the best so far; the same command goes on")
     if training["skipped_steps"]:
         lines.append(f"{training['skipped_steps']} steps were skipped: not finite")
     lines.append(f"{predictor.task.name} ({training['mode']}) -> {output}")

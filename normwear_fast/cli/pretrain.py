@@ -25,7 +25,7 @@ normwear-fast pretrain shards/ --output run/ --config small --steps 5000 --batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings
+    from normwear_fast.pretrain.settings import PretrainSettings, RunSettings
 
     default, run = PretrainSettings(), RunSettings()
     parser.add_argument("data", metavar="DATA", help="folder of normwear-fast prepare")
@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from normwear_fast.pretrain.data import SeriesShards
-    from normwear_fast.pretrain.trainer import PretrainSettings, RunSettings, pretrain
+    from normwear_fast.pretrain.settings import PretrainSettings, RunSettings
+    from normwear_fast.pretrain.trainer import pretrain
 
     try:
         settings = PretrainSettings(
@@ -115,19 +116,19 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             seed=args.seed,
         )
+        watching = RunSettings(
+            accelerator=args.device,
+            devices=int(args.devices) if args.devices.isdigit() else args.devices,
+            strategy=args.strategy,
+            compile=args.compile,
+            checkpoint_every=args.checkpoint_every,
+            picture_every=args.picture_every,
+            probe_every=args.probe_every,
+        )
     except UsageError as error:  # it begins with the setting's name
         name, _, rest = str(error).partition(" ")
         option = name.removeprefix("base_").replace("_", "-")
         raise UsageError(f"--{option} {rest}") from None
-    watching = RunSettings(
-        accelerator=args.device,
-        devices=int(args.devices) if args.devices.isdigit() else args.devices,
-        strategy=args.strategy,
-        compile=args.compile,
-        checkpoint_every=args.checkpoint_every,
-        picture_every=args.picture_every,
-        probe_every=args.probe_every,
-    )
     config = None if args.config is None else _config(args.config)
     initial = None
     if args.start_from:

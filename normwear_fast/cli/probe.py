@@ -191,6 +191,13 @@ def _probe(args: argparse.Namespace) -> int:
 
     paths = _once(args.datasets, say)
     sets = [load_samples(path, label=args.label or ["label"]) for path in paths]
+    for samples, path in zip(sets, paths, strict=True):
+        known = [task.name for task in samples.tasks]
+        if samples.dataset is None and (missing := sorted(set(args.label) - set(known))):
+            raise UsageError(
+                f"{path}: --label {missing[0]}: its label is {', '.join(known)}; a column is chosen of "
+                "a Parquet only"
+            )
     names = [samples.name for samples in sets]
     if len(set(names)) != len(names):
         for samples, path in zip(sets, paths, strict=True):

@@ -11,19 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normwear_fast.finetune.data import LabelledWindows, Preparation, read_labelled, read_labels
+    from normwear_fast.finetune.data import LabelledWindows, Preparation
+    from normwear_fast.finetune.labels import read_labelled, read_labels
     from normwear_fast.finetune.predictor import Prediction, Predictor
-    from normwear_fast.finetune.training import FineTuner, FineTuneSettings
+    from normwear_fast.finetune.settings import FineTuneSettings
+    from normwear_fast.finetune.training import FineTuner
 
 _WHERE = {
-    "FineTuneSettings": "training",
+    "FineTuneSettings": "settings",
     "FineTuner": "training",
     "LabelledWindows": "data",
     "Prediction": "predictor",
     "Predictor": "predictor",
     "Preparation": "data",
-    "read_labelled": "data",
-    "read_labels": "data",
+    "read_labelled": "labels",
+    "read_labels": "labels",
 }
 
 __all__ = [

@@ -19,16 +19,14 @@ from normwear_fast.encode.local import LocalEngine
 from normwear_fast.encode.output import METADATA_KEY, _replace, _sync_folder
 from normwear_fast.encode.pipeline import (
     default_tokens,
-    find_inputs,
     plan_jobs,
     plan_run,
     pool_channels,
-    survey_inputs,
 )
 from normwear_fast.encode.prepare import NOT_FINITE, OK, PreparedUnit
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import EncodeSettings, join_names
-from normwear_fast.encode.survey import Surveyed
+from normwear_fast.encode.survey import Surveyed, find_inputs, survey
 from normwear_fast.encode.windows import WindowList
 from normwear_fast.errors import OutputError, UsageError, one_line
 from normwear_fast.files import check_writable
@@ -106,7 +104,7 @@ def predict_recordings(
         found = find_inputs(inputs, None)
         surveyed = [
             _fitting(entry, predictor)
-            for entry in survey_inputs(found, settings, windows, look=readers.look)
+            for entry in survey(found, settings, windows, look=readers.look)
         ]
         failed = {entry.id: entry.error for entry in surveyed if entry.error is not None}
         total = sum(entry.windows for entry in surveyed)

@@ -8,11 +8,13 @@ A folder holds
 - ``finetune.json``: task, pooling, preparation, scores, where it comes from, and both files' SHA-256;
 - ``epochs.csv`` and ``held_out.parquet``: how training went, and the held-out windows' predictions.
 
-The folder appears whole, by one rename, or not at all.
+These appear together, by one rename, or not at all. While training goes on, and after Ctrl-C, there is
+``checkpoint.pt`` too, from which it goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -27,28 +29,21 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from normwear_fast.checkpoint import CHECKPOINT_FILE, CHECKPOINT_TEMPORARY
 from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.encode.prepare import NOT_FINITE, OK
 from normwear_fast.encode.settings import window_samples
 from normwear_fast.errors import InputError, OutputError, UsageError, WeightsError, one_line
 from normwear_fast.evaluate.registry import Task
-from normwear_fast.files import check_writable, fits, read_json
+from normwear_fast.files import check_writable, file_sha256, fits, read_json, sync
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
+from normwear_fast.finetune.resume import CHECKPOINT
 from normwear_fast.inputs import rate_list, window_list
 from normwear_fast.mne import with_own_rate
 from normwear_fast.model import FastNormWear
-from normwear_fast.weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    _own_storage,
-    _read_safetensors,
-    _sha256,
-    _sync,
-    _write_safetensors,
-    expected_shapes,
-    save_pretrained,
-)
+from normwear_fast.tensor_files import own_storage, read_safetensors, write_safetensors
+from normwear_fast.weights import CONFIG_FILE, WEIGHTS_FILE, expected_shapes, save_pretrained
 
 HEAD_FILE = "head.safetensors"
 DESCRIPTION_FILE = "finetune.json"
@@ -56,6 +51,7 @@ EPOCHS_FILE = "epochs.csv"
 HELD_OUT_FILE = "held_out.parquet"
 FORMAT = "normwear-fast finetune"
 _OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, HEAD_FILE, DESCRIPTION_FILE, EPOCHS_FILE, HELD_OUT_FILE}
+_OWN_FILES |= {CHECKPOINT_FILE, CHECKPOINT_TEMPORARY}
 FORMAT_VERSION = 1
 
 _DESCRIPTION = {
@@ -221,27 +217,28 @@ class Predictor:
         """
         folder = Path(folder)
         check_output(folder, overwrite=overwrite)
-        new = folder.with_name(f".{folder.name}.new")
-        old = folder.with_name(f".{folder.name}.old")
+        self._replace(folder)
+
+    def _replace(self, folder: Path, *, unfinished: bool = False) -> None:
+        """The folder by one rename; of an ``unfinished`` run with its checkpoint."""
+        where = Path(os.path.realpath(folder))  # what a link leads to is replaced, not the link
+        new, old = _beside(where, "new"), _beside(where, "old")
         try:
-            for leftover in (new, old):  # of a run that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
             new.mkdir(parents=True)
             self._write(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-            _sync(folder.parent)
-            if old.exists():
-                for path in old.iterdir():
-                    if path.name not in _OWN_FILES:
-                        path.rename(folder / path.name)  # somebody's notes
-            shutil.rmtree(old, ignore_errors=True)
+            if unfinished and (folder / CHECKPOINT_FILE).exists():
+                _copy(folder / CHECKPOINT_FILE, new / CHECKPOINT_FILE)
+            if where.exists():
+                where.rename(old)
+            new.rename(where)
+            sync(where.parent)
         except OSError as error:
             reason = one_line(error)
             raise OutputError(f"{folder}: the model cannot be written ({reason})") from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
+            _recover(folder)
 
     def _write(self, folder: Path) -> None:
         names = expected_shapes(self.encoder.config, decoder=False)
@@ -257,7 +254,7 @@ class Predictor:
                 **{f"base_{k}": v for k, v in base.items()},
             },
         )
-        _write_safetensors(folder / HEAD_FILE, _own_storage(self.head.state_dict()))
+        write_safetensors(folder / HEAD_FILE, own_storage(self.head.state_dict()))
         shutil.copymode(folder / "config.json", folder / HEAD_FILE)
         (folder / EPOCHS_FILE).write_text(_csv(self.history), encoding="utf-8")
         if self.held_out:
@@ -275,12 +272,12 @@ class Predictor:
             "channel_pool": self.channel_pool,
             "preparation": asdict(self.preparation),
             **self.description,
-            "files": {name: _sha256(folder / name) for name in (WEIGHTS_FILE, HEAD_FILE)},
+            "files": {name: file_sha256(folder / name) for name in (WEIGHTS_FILE, HEAD_FILE)},
         }
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
         for path in [*folder.iterdir(), folder]:
-            _sync(path)
+            sync(path)
 
     def _write_held_out(self, path: Path) -> None:
         import pyarrow as pa
@@ -334,8 +331,8 @@ class Predictor:
         _check_digest(folder, WEIGHTS_FILE, encoder.weights["sha256"], files)
         if not (folder / HEAD_FILE).is_file():
             raise WeightsError(f"{folder}: has no {HEAD_FILE}; fine-tune again")
-        _check_digest(folder, HEAD_FILE, _sha256(folder / HEAD_FILE), files)
-        stored = _read_safetensors(folder / HEAD_FILE)
+        _check_digest(folder, HEAD_FILE, file_sha256(folder / HEAD_FILE), files)
+        stored = read_safetensors(folder / HEAD_FILE)
         channels = preparation.channel_count if channel_pool == "concat" else 1
         features = channels * encoder.config.embed_dim
         found = {name: tuple(value.shape) for name, value in stored.items()}
@@ -369,19 +366,61 @@ def prediction_columns(prediction: Prediction) -> dict[str, Any]:
     return columns
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """An OutputError unless a model may be written there: before training, not after it."""
+def check_output(folder: Path, *, overwrite: bool, going_on: bool = False) -> None:
+    """An OutputError unless a model may be written there: before training, not after it.
+
+    Args:
+        folder: where.
+        overwrite: whether a fine-tuned model that is there may be replaced, or a run begun anew.
+        going_on: whether a run that left its checkpoint there may go on.
+    """
+    _recover(folder)
     if not folder.exists():
         return check_writable(folder)
-    if not overwrite:
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: exists and is no folder; choose another name")
+    names = set(os.listdir(folder)) - {CHECKPOINT_TEMPORARY}
+    unfinished = CHECKPOINT_FILE in names
+    if unfinished and not CHECKPOINT.is_in(folder):
+        raise OutputError(
+            f"{folder / CHECKPOINT_FILE}: not a checkpoint of finetune, or damaged; nothing in it was "
+            "run; choose another folder, or move it away"
+        )
+    if names and not (overwrite or (going_on and unfinished)):
         raise OutputError(f"{folder}: exists; choose another folder, or --overwrite")
-    if not folder.is_dir() or (
-        any(os.scandir(folder)) and not (folder / DESCRIPTION_FILE).exists()
-    ):
+    if names and not (unfinished or DESCRIPTION_FILE in names):
         raise OutputError(
             f"{folder}: is no fine-tuned model, and will not be overwritten; choose a new folder"
         )
+    check_writable(folder)
     check_writable(folder.parent)
+
+
+def _recover(folder: Path) -> None:
+    """Ends what a kill between the renames of `Predictor._replace` left: the folder that was there before
+    comes back, or, where the new one took its place, only what others had put into it."""
+    folder = Path(os.path.realpath(folder))
+    old = _beside(folder, "old")
+    with contextlib.suppress(OSError):
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        elif old.is_dir():
+            for path in old.iterdir():
+                if path.name not in _OWN_FILES:
+                    path.rename(folder / path.name)
+            shutil.rmtree(old)
+
+
+def _beside(folder: Path, which: str) -> Path:
+    return folder.parent / f".{folder.name}.{which}"
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """Gives a file a second name, or where the file system knows none, copies it."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

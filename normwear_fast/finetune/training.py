@@ -8,160 +8,61 @@ Every mode starts with the head alone, on embeddings that the fast encoder makes
 from __future__ import annotations
 
 import copy
-import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normwear_fast import __version__
 from normwear_fast.benchmarking import set_allocator_thresholds
+from normwear_fast.checkpoint import check_same, discard_checkpoint
 from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.encode.prepare import NOT_FINITE
-from normwear_fast.engine import resolve_precision
-from normwear_fast.errors import InputError, NormWearError, UsageError
-from normwear_fast.evaluate import metrics
-from normwear_fast.evaluate.registry import Task
-from normwear_fast.finetune.data import LabelledWindows, Split, split_windows
+from normwear_fast.engine import UNIT_BATCHES, resolve_precision
+from normwear_fast.errors import InputError, UsageError
+from normwear_fast.finetune.data import LabelledWindows
 from normwear_fast.finetune.network import (
     FineTuneNetwork,
     Head,
-    HeadChannels,
-    TokenPool,
     merge_lora,
     parameter_groups,
     require_gradients,
 )
-from normwear_fast.finetune.predictor import Predictor
+from normwear_fast.finetune.predictor import Predictor, check_output
+from normwear_fast.finetune.resume import CHECKPOINT, Keeper, identity_of, run_folder, state_of
+from normwear_fast.finetune.settings import EPOCHS, LEARNING_RATE, FineTuneSettings
+from normwear_fast.finetune.split import Split, split_windows
+from normwear_fast.finetune.stage import Examples, Stage, scores
 from normwear_fast.interrupts import graceful_stop
 from normwear_fast.model import FastNormWear
-from normwear_fast.optimization import rate_factor
-from normwear_fast.packing import window_tokens
+from normwear_fast.outputs import progress
+from normwear_fast.packing import plan_units, window_tokens
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-Mode = Literal["head", "full", "lora"]
-MODES: tuple[Mode, ...] = ("head", "full", "lora")
-
-EPOCHS = {"head": 100, "full": 20, "lora": 20}
-LEARNING_RATE = {"head": 1e-3, "full": 1e-4, "lora": 5e-4}
-"""Defaults of a mode's stage; the head's stage of the other modes has the head's."""
 
 TRAINING_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens whose activations are held for the backward pass: some 1.2 MB each in float32 at the released
 size, half in bfloat16. A step of more is summed up in parts, exactly."""
 
-GRADIENT_NORM = 1.0
-"""Gradients are clipped to it, as in pretraining."""
-
 
 @dataclass(frozen=True)
-class FineTuneSettings:
-    """How a head, and with it the encoder, is trained.
+class _Run:
+    """What the stages of one fit share."""
 
-    Args:
-        mode: ``head`` leaves the encoder as it is; ``full`` trains all of it; ``lora`` low-rank
-            additions to its matrices, merged into them at the end.
-        pool: over a channel's tokens: their ``mean``, or ``cls``.
-        channel_pool: ``concat`` channels, or take their ``mean``.
-        epochs: passes over the training windows at most; by default the mode's.
-        batch_size: windows a step.
-        learning_rate: of AdamW, after a linear warm-up, falling along half a cosine; by default the
-            mode's.
-        weight_decay: of matrices.
-        layer_decay: factor of the learning rate from each layer to the one before it, in ``full``.
-        lora_rank: of the additions; their scale is 2.
-        warm_up: share of the steps.
-        patience: epochs without a lower validation loss after which training ends.
-        balanced: weight classes by the inverse of their share of the training windows.
-        validation: share of the training subjects that validate, where the data do not say.
-        seed: of the split, the head, the adapters and the order.
-        batch_tokens: tokens of a step held at once; the device's default where None.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
-
-    mode: Mode = "head"
-    pool: TokenPool = "mean"
-    channel_pool: HeadChannels = "concat"
-    epochs: int | None = None
-    batch_size: int = 32
-    learning_rate: float | None = None
-    weight_decay: float = 0.05
-    layer_decay: float = 0.75
-    lora_rank: int = 8
-    warm_up: float = 0.1
-    patience: int = 5
-    balanced: bool = False
-    validation: float = 0.2
-    seed: int = 0
-    batch_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, values in (
-            ("mode", MODES),
-            ("pool", ("mean", "cls")),
-            ("channel_pool", ("concat", "mean")),
-        ):
-            if getattr(self, name) not in values:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}"
-                )
-        for name, fits, right in (
-            ("epochs", self.epochs is None or self.epochs >= 1, ">= 1"),
-            ("batch_size", self.batch_size >= 1, ">= 1"),
-            ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < 10, "> 0"),
-            ("weight_decay", 0 <= self.weight_decay < 10, ">= 0"),
-            ("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"),
-            ("lora_rank", self.lora_rank >= 1, ">= 1"),
-            ("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1"),
-            ("patience", self.patience >= 1, ">= 1"),
-            ("validation", 0 < self.validation <= 0.5, "above 0 and at most 0.5"),
-            ("seed", self.seed >= 0, ">= 0"),
-            ("batch_tokens", self.batch_tokens is None or self.batch_tokens >= 1, ">= 1"),
-        ):
-            if not fits:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be {right}")
-
-
-def scores(task: Task, y: NDArray[Any], prediction: NDArray[np.floating]) -> dict[str, float]:
-    """The published scores of predictions, and a regression's errors in its own unit.
-
-    Args:
-        y: (n,) classes or (n, targets).
-        prediction: (n, classes) probabilities or (n, targets).
-
-    Returns:
-        For classes as `metrics.classification_scores`, the accuracy alone where ``y`` holds one class.
-        For targets their mean absolute and root mean squared error and R2, averaged over targets, and
-        ``relative_accuracy`` in log(y + 1), as published, where every target is above 0.
-    """
-    if task.kind == "class":
-        if len(np.unique(y)) < 2:
-            return {"accuracy": float(np.mean(y == prediction.argmax(axis=1)))}
-        return metrics.classification_scores(y, prediction, np.arange(len(task.classes)))
-    error = prediction - y
-    spread = np.square(y - y.mean(axis=0)).sum(axis=0)
-    found = {
-        "mean_absolute_error": float(np.abs(error).mean()),
-        "root_mean_squared_error": float(np.sqrt(np.square(error).mean())),
-    }
-    if (spread > 0).all():
-        found["r2"] = float((1 - np.square(error).sum(axis=0) / spread).mean())
-    if (y > 0).all():
-        guess = np.log1p(np.maximum(prediction, 0))
-        found["relative_accuracy"] = float(metrics.relative_accuracy(np.log1p(y), guess)[0])
-    return found
+    data: LabelledWindows
+    split: Split
+    targets: Tensor
+    weights: Tensor
+    stopped: Callable[[], bool]
+    keeper: Keeper
+    before: dict[str, Any] | None
 
 
 class FineTuner:
@@ -221,51 +122,98 @@ class FineTuner:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def fit(self, data: LabelledWindows) -> Predictor:
+    def fit(
+        self,
+        data: LabelledWindows,
+        folder: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Predictor:
         """Trains and judges, always from the weights this was made with.
 
         Args:
             data: the labelled windows.
+            folder: where the result is written, and meanwhile a checkpoint: after a kill the same call
+                goes on from it to the same result, bit for bit on a CPU with the same threads.
+            overwrite: begin anew where the folder holds a fine-tuned model, which is replaced at the end,
+                or the checkpoint of a run, which is gone at once.
 
         Returns:
             The best model on the validation part, judged on that part and on the test part if there
             is one, both with the encoder that will predict, which is its own: a later fit leaves it
-            alone. `Predictor.save_pretrained` writes it.
+            alone. `Predictor.save_pretrained` writes it elsewhere.
 
-        Ctrl-C ends training after the step under way, with the best so far; ``interrupted`` says so.
+        Ctrl-C ends training after the step under way, with the best so far; ``interrupted`` says so, and
+        the same call goes on after that step.
 
         Raises:
             InputError: a split that cannot be, or data without a window the model has a value for.
+            OutputError: the folder holds something else, a run of other settings, data or weights, or
+                cannot be written.
             NormWearError: training that gives no finite number.
         """
-        self.history = []
-        self.interrupted = False
-        settings = self.settings
-        data = replace(data, notes=list(data.notes))
         # Data that cannot be split are refused before the hours that encoding them may take; which
         # windows have a value, and with them the split itself, are known after it.
-        split_windows(replace(data, notes=[]), settings.validation, settings.seed)
+        split_windows(replace(data, notes=[]), self.settings.validation, self.settings.seed)
+        if folder is None:
+            return self._fit(data)
+        folder = Path(folder)
+        with run_folder(folder):
+            check_output(folder, overwrite=overwrite, going_on=True)
+            predictor = self._fit(data, folder, overwrite)
+            predictor._replace(folder, unfinished=self.interrupted)
+        return predictor
+
+    def _fit(
+        self, data: LabelledWindows, folder: Path | None = None, overwrite: bool = False
+    ) -> Predictor:
+        self.history = []
+        self.interrupted = False
+        settings, tuned = self.settings, self.settings.mode != "head"
+        data = replace(data, notes=list(data.notes))
         model = copy.deepcopy(self.model).to(self.device)
         base = dict(model.weights)
-        self.progress(f"encoding {len(data):,} windows once")
-        embeddings = self._embed(model, data.windows)
-        data, embeddings = _finite(data, embeddings)
+        keeper, before = self._going_on(data, model, folder, overwrite)
+        channels = len(data.windows[0]) if settings.channel_pool == "concat" else 1
+        head = Head(channels * model.config.embed_dim, data.task, settings.seed).to(self.device)
+        made = None  # the embeddings of all windows, until the head is trained
+        if before is None or before["stage"] in ("encoding", "head"):
+            made = np.empty((len(data), head.linear.in_features), np.float32)
+            self._embed_all(model, data.windows, made, keeper, before)
+            finite = np.asarray(np.isfinite(made).all(axis=1))
+        else:
+            with keeper.restoring():
+                finite = before["finite"].numpy()
+                if finite.shape != (len(data),) or finite.dtype != bool:
+                    raise ValueError("of another number of windows")
+        data = _finite(data, finite)
         split = split_windows(data, settings.validation, settings.seed)
-        head = Head(embeddings.shape[1], data.task, settings.seed).to(self.device)
+        embeddings = np.empty((len(data), head.linear.in_features), np.float32)
         targets = torch.from_numpy(data.labels).to(self.device)
-        train = torch.from_numpy(embeddings[split.train]).to(self.device)
-        head.standardise(train, targets[split.train] if data.task.kind == "reg" else None)
+        if made is not None:
+            embeddings[:] = made[finite]
+            train = torch.from_numpy(embeddings[split.train]).to(self.device)
+            head.standardise(train, targets[split.train] if data.task.kind == "reg" else None)
+        elif before is not None:
+            with keeper.restoring():
+                head.load_state_dict(before["head"])
+                self.history += before["history"]
         if data.task.kind == "reg":
             targets = ((targets - head.target_mean) / head.target_std).float()
         weights = _sample_weights(data, split, settings.balanced).to(self.device)
         with graceful_stop(_say_stopping) as stopped:
-            self._fit_head(head, embeddings, data, split, targets, weights, stopped)
-            if settings.mode != "head":
-                self._fit_network(model, head, data, split, targets, weights, base, stopped)
-            self.interrupted = stopped()
-        if settings.mode != "head":
+            run = _Run(data, split, targets, weights, stopped, keeper, before)
+            if made is not None:
+                self._fit_head(head, embeddings, made, run)
+                made = None
+            if tuned:
+                self._fit_network(model, head, finite, base, run)
+            self.interrupted = keeper.stopped
+        if tuned:
             held_out = np.sort(np.concatenate([split.validation, split.test]))
-            embeddings[held_out] = self._embed(model, [data.windows[i] for i in held_out])
+            judged = np.empty((len(held_out), embeddings.shape[1]), np.float32)
+            self._embed(model, [data.windows[i] for i in held_out], judged)
+            embeddings[held_out] = judged
         predictor = Predictor(
             model,
             head,
@@ -277,28 +225,85 @@ class FineTuner:
         self._judge(predictor, data, split, embeddings, base)
         return predictor
 
+    def _going_on(
+        self, data: LabelledWindows, model: FastNormWear, folder: Path | None, overwrite: bool
+    ) -> tuple[Keeper, dict[str, Any] | None]:
+        """What writes the run's checkpoints, and the state that it goes on from."""
+        if folder is None:
+            return Keeper(None, {}), None
+        settings = asdict(self.settings) | {
+            "precision": self.precision,
+            "embedding_precision": model.resolved_precision,
+            "optimized_cwt": model.optimized_cwt,
+        }
+        identity = identity_of(data, settings, model.state_dict())
+        if overwrite:
+            discard_checkpoint(folder)
+        before = CHECKPOINT.load(folder)
+        if before is not None:
+            check_same(folder, before["identity"], identity)
+        return Keeper(folder, identity), before
+
+    def _embed_all(
+        self,
+        model: FastNormWear,
+        windows: Sequence[NDArray[np.float32]],
+        made: NDArray[np.float32],
+        keeper: Keeper,
+        before: dict[str, Any] | None,
+    ) -> None:
+        """Fills ``made`` with the embeddings of all windows, the first of which a checkpoint may have."""
+        done = 0
+        if before is None:
+            self.progress(f"encoding {len(windows):,} windows once")
+        else:
+            with keeper.restoring():
+                rows = before.pop("embeddings").numpy()
+                if rows.shape[1:] != made.shape[1:] or rows.dtype != made.dtype:
+                    raise ValueError("embeddings of another width")
+                done = len(rows)
+                made[:done] = rows
+            self.progress(f"going on: {done:,} of {len(windows):,} windows are encoded")
+        with graceful_stop(_say_stopping_encoding) as stopped:
+
+            def after(done: int) -> None:
+                rows = torch.from_numpy(made[:done])
+                keeper.offer(lambda: state_of("encoding", embeddings=rows.clone()), stopped())
+                if stopped():
+                    raise KeyboardInterrupt
+
+            self._embed(model, windows, made, done, after)
+
     def _embed(
-        self, model: FastNormWear, windows: Sequence[NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        """(n, F) with the fast encoder."""
-        found = model.encode(
-            list(windows),
-            SAMPLING_RATE,
-            pool=self.settings.pool,
-            channels=self.settings.channel_pool,
-            resample="never",
-        )
-        return np.asarray(found, np.float32)
+        self,
+        model: FastNormWear,
+        windows: Sequence[NDArray[np.float32]],
+        made: NDArray[np.float32],
+        done: int = 0,
+        after: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Fills (n, F) from row ``done`` on with the fast encoder; ``after`` is told how far that is.
+
+        It goes by ``encode``'s own work units, which give the same bits in a call of their own.
+        """
+        units = plan_units(_costs(model, windows), UNIT_BATCHES * model.batch_tokens_default())
+        with progress(None, len(windows)) as advance:
+            for unit in units:
+                if unit.stop > done:
+                    made[unit.start : unit.stop] = model.encode(
+                        windows[unit.start : unit.stop],
+                        SAMPLING_RATE,
+                        pool=self.settings.pool,
+                        channels=self.settings.channel_pool,
+                        resample="never",
+                        show_progress_bar=False,
+                    )
+                    after(unit.stop)
+                for _ in unit:
+                    advance()
 
     def _fit_head(
-        self,
-        head: Head,
-        embeddings: NDArray[np.float32],
-        data: LabelledWindows,
-        split: Split,
-        targets: Tensor,
-        weights: Tensor,
-        stopped: Callable[[], bool],
+        self, head: Head, embeddings: NDArray[np.float32], made: NDArray[np.float32], run: _Run
     ) -> None:
         whole = self.settings.mode == "head"
         rate = (self.settings.learning_rate if whole else None) or LEARNING_RATE["head"]
@@ -307,29 +312,18 @@ class FineTuner:
             {"params": [head.linear.weight], "lr": rate, "weight_decay": decay},
             {"params": [head.linear.bias], "lr": rate, "weight_decay": 0.0},
         ]
-        stage = Stage(
-            "head",
-            _fabric(self.device),
-            head,
-            head,
-            groups,
-            Examples(list(embeddings), [1] * len(embeddings), len(embeddings), self.device),
-            targets,
-            weights,
-        )
+        examples = Examples(list(embeddings), [1] * len(embeddings), len(embeddings), self.device)
         epochs = (self.settings.epochs if whole else None) or EPOCHS["head"]
-        self.history += stage.fit(data, split, epochs, self.settings, self.progress, stopped)
+        known = {"embeddings": torch.from_numpy(made)}
+        self._fit_stage("head", head, head, groups, examples, epochs, run, known)
 
     def _fit_network(
         self,
         model: FastNormWear,
         head: Head,
-        data: LabelledWindows,
-        split: Split,
-        targets: Tensor,
-        weights: Tensor,
+        finite: NDArray[np.bool_],
         base: dict[str, Any],
-        stopped: Callable[[], bool],
+        run: _Run,
     ) -> None:
         settings = self.settings
         if self.device.type == "cpu":
@@ -345,29 +339,46 @@ class FineTuner:
             settings.weight_decay,
             settings.layer_decay if settings.mode == "full" else 1.0,
         )
-        costs = [
-            window_tokens(len(window), window.shape[1], model.optimized_cwt, model.config)
-            for window in data.windows
-        ]
         budget = settings.batch_tokens or TRAINING_TOKENS.get(self.device.type, 4096)
-        stage = Stage(
-            settings.mode,
-            _fabric(self.device),
-            network,
-            head,
-            groups,
-            Examples(data.windows, costs, budget, self.device),
-            targets,
-            weights,
-        )
+        windows = run.data.windows
+        examples = Examples(windows, _costs(model, windows), budget, self.device)
         epochs = settings.epochs or EPOCHS[settings.mode]
+        known = {"finite": torch.from_numpy(finite), "head": head.state_dict()}
         try:
-            self.history += stage.fit(data, split, epochs, settings, self.progress, stopped)
+            self._fit_stage(settings.mode, network, head, groups, examples, epochs, run, known)
         finally:
             if settings.mode == "lora":
                 merge_lora(model)
             model.requires_grad_(False)
             model.weights = {"source": "fine-tuned", **{f"base_{k}": v for k, v in base.items()}}
+
+    def _fit_stage(
+        self,
+        name: str,
+        module: nn.Module,
+        head: Head,
+        groups: list[dict[str, Any]],
+        examples: Examples,
+        epochs: int,
+        run: _Run,
+        known: dict[str, Any],
+    ) -> None:
+        """Fits, from where a checkpoint of this stage stands; ``known`` goes into its checkpoints too."""
+        fabric = _fabric(self.device)
+        stage = Stage(name, fabric, module, head, groups, examples, run.targets, run.weights)
+        now = None
+        if run.before is not None and run.before["stage"] == name:
+            with run.keeper.restoring():
+                now = stage.restore(run.before.pop("progress"))
+            self.progress(f"going on: {name}, epoch {now.epoch}, after {now.batch} of its steps")
+        known = known | {"history": list(self.history)}
+
+        def keep(state: Callable[[], dict[str, Any]]) -> None:
+            run.keeper.offer(lambda: state_of(name, progress=state(), **known), run.stopped())
+
+        self.history += stage.fit(
+            run.data, run.split, epochs, self.settings, self.progress, run.stopped, keep, now
+        )
 
     def _judge(
         self,
@@ -446,23 +457,30 @@ def _fabric(device: torch.device) -> Fabric:
     return Fabric(accelerator=device.type, devices=devices, precision="32-true")
 
 
-def _finite(
-    data: LabelledWindows, embeddings: NDArray[np.float32]
-) -> tuple[LabelledWindows, NDArray[np.float32]]:
-    """Both without the windows whose values the model cannot hold; counted."""
-    finite = np.isfinite(embeddings).all(axis=1)
+def _finite(data: LabelledWindows, finite: NDArray[np.bool_]) -> LabelledWindows:
+    """The same without the windows whose embeddings are not finite; counted."""
     if finite.all():
-        return data, embeddings
+        return data
     if not finite.any():
         raise InputError("no window has a finite embedding; check the signals' units")
-    data = copy.copy(data)
-    data.skipped = data.skipped | {NOT_FINITE: int((~finite).sum())}
     kept = np.flatnonzero(finite)
-    data.windows = [data.windows[i] for i in kept]
-    data.origins = [data.origins[i] for i in kept]
-    data.labels, data.subjects = data.labels[kept], data.subjects[kept]
-    data.split = None if data.split is None else data.split[kept]
-    return data, embeddings[kept]
+    return replace(
+        data,
+        windows=[data.windows[i] for i in kept],
+        origins=[data.origins[i] for i in kept],
+        labels=data.labels[kept],
+        subjects=data.subjects[kept],
+        split=None if data.split is None else data.split[kept],
+        skipped=data.skipped | {NOT_FINITE: int((~finite).sum())},
+    )
+
+
+def _costs(model: FastNormWear, windows: Sequence[NDArray[np.float32]]) -> list[int]:
+    """Tokens of each window."""
+    return [
+        window_tokens(len(window), window.shape[1], model.optimized_cwt, model.config)
+        for window in windows
+    ]
 
 
 def _sample_weights(data: LabelledWindows, split: Split, balanced: bool) -> Tensor:
@@ -476,186 +494,6 @@ def _sample_weights(data: LabelledWindows, split: Split, balanced: bool) -> Tens
     return torch.from_numpy(of_class[data.labels].astype(np.float32))
 
 
-# --- one stage -------------------------------------------------------------------------------------
-
-
-class Examples:
-    """Inputs by index, stacked where they are equal, at most ``budget`` of cost at a time.
-
-    Args:
-        inputs: (F,) embeddings or (C, L_i) windows.
-        costs: one each, tokens.
-        budget: of a part; a dearer example is one alone.
-        device: of the tensors.
-    """
-
-    def __init__(
-        self,
-        inputs: Sequence[NDArray[np.float32]],
-        costs: Sequence[int],
-        budget: int,
-        device: torch.device,
-    ) -> None:
-        self.inputs, self.costs, self.budget, self.device = inputs, costs, budget, device
-
-    def parts(self, index: NDArray[np.intp]) -> Iterator[tuple[NDArray[np.intp], Tensor]]:
-        """Every example of ``index`` once: which, and their inputs (n, ...)."""
-        order = sorted(index.tolist(), key=lambda i: self.inputs[i].shape)
-        members: list[int] = []
-        total = 0
-        for i in order:
-            unlike = members and self.inputs[i].shape != self.inputs[members[0]].shape
-            if unlike or (members and total + self.costs[i] > self.budget):
-                yield self._stack(members)
-                members, total = [], 0
-            members.append(i)
-            total += self.costs[i]
-        if members:
-            yield self._stack(members)
-
-    def _stack(self, members: list[int]) -> tuple[NDArray[np.intp], Tensor]:
-        stacked = torch.from_numpy(np.stack([self.inputs[i] for i in members]))
-        return np.array(members), stacked.to(self.device)
-
-
-class Stage:
-    """Minimises the weighted mean loss of a module's training examples; keeps the best by validation.
-
-    Args:
-        name: in the history.
-        fabric: device and precision.
-        module: inputs (n, ...) to outputs (n, k).
-        head: the module's last part, which knows the task.
-        groups: AdamW's.
-        examples: of all windows.
-        targets: (n,) classes, or (n, targets) in deviations.
-        weights: (n,) of the loss.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        fabric: Fabric,
-        module: nn.Module,
-        head: Head,
-        groups: list[dict[str, Any]],
-        examples: Examples,
-        targets: Tensor,
-        weights: Tensor,
-    ) -> None:
-        self.name, self.fabric, self.head, self.examples = name, fabric, head, examples
-        self.targets, self.weights = targets, weights
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.rates = [group["lr"] for group in groups]
-        self.module, self.optimizer = fabric.setup(module, torch.optim.AdamW(groups))
-
-    def losses(self, out: Tensor, index: Tensor) -> Tensor:
-        """(n,) weighted loss of each example."""
-        if self.head.kind == "class":
-            each = F.cross_entropy(out, self.targets[index], reduction="none")
-        else:
-            each = F.mse_loss(out, self.targets[index], reduction="none").mean(dim=1)
-        return each * self.weights[index]
-
-    def step(self, index: NDArray[np.intp]) -> float:
-        """One step on a batch; its loss. A loss or gradient that is not finite changes nothing."""
-        self.optimizer.zero_grad(set_to_none=True)
-        share = 1 / float(self.weights[torch.from_numpy(index)].sum())
-        total = 0.0
-        for members, inputs in self.examples.parts(index):
-            where = torch.from_numpy(members).to(inputs.device)
-            loss = self.losses(self.module(inputs), where).sum() * share
-            self.fabric.backward(loss)
-            total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
-        if not (math.isfinite(total) and bool(torch.isfinite(norm))):
-            self.optimizer.zero_grad(set_to_none=True)
-            return math.nan
-        self.optimizer.step()
-        return total
-
-    @torch.no_grad()
-    def evaluate(self, index: NDArray[np.intp]) -> tuple[float, NDArray[np.float32]]:
-        """Mean loss and predictions of some examples."""
-        found = np.empty((len(index), self.head.linear.out_features), np.float32)
-        place = {int(i): row for row, i in enumerate(index)}
-        total = 0.0
-        for members, inputs in self.examples.parts(index):
-            where = torch.from_numpy(members).to(inputs.device)
-            out = self.module(inputs)
-            total += float(self.losses(out, where).sum())
-            found[[place[int(i)] for i in members]] = self.head.finish(out).cpu().numpy()
-        return total / float(self.weights[torch.from_numpy(index)].sum()), found
-
-    def fit(
-        self,
-        data: LabelledWindows,
-        split: Split,
-        epochs: int,
-        settings: FineTuneSettings,
-        progress: Callable[[str], None],
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> list[dict[str, Any]]:
-        """Trains until the validation loss has not fallen for ``patience`` epochs; a row an epoch.
-
-        Row 0 is the start. The module ends with the parameters of the lowest validation loss. Once
-        ``stopped`` no step is taken any more; the epoch that was under way is judged as it is.
-        """
-        per_epoch = -(-len(split.train) // settings.batch_size)
-        steps = epochs * per_epoch
-        warm_up = round(settings.warm_up * steps)
-        began = time.monotonic()
-        rows: list[dict[str, Any]] = []
-        every = 10 if self.name == "head" else 1  # an epoch of the head takes less than its scores
-        best, best_epoch, kept = math.inf, 0, [p.detach().clone() for p in self.parameters]
-        for epoch in range(epochs + 1):
-            losses: list[float] = []
-            order = np.random.default_rng((settings.seed, epoch)).permutation(split.train)
-            for batch in range(per_epoch if epoch else 0):
-                if stopped():
-                    break
-                factor = rate_factor((epoch - 1) * per_epoch + batch, steps, warm_up)
-                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                    group["lr"] = rate * factor
-                first = batch * settings.batch_size
-                losses.append(self.step(order[first : first + settings.batch_size]))
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            if losses and not finite:
-                raise NormWearError(
-                    f"epoch {epoch}: no step had a finite loss and gradient; lower the learning rate "
-                    f"({self.rates[-1]:g}), or check the signals' units"
-                )
-            validation, prediction = self.evaluate(split.validation)
-            if validation < best:
-                best, best_epoch = validation, epoch
-                kept = [p.detach().clone() for p in self.parameters]
-            over = epoch == epochs or epoch - best_epoch >= settings.patience or stopped()
-            said = over or epoch % every == 0
-            judged = {}
-            if said and np.isfinite(prediction).all():
-                judged = scores(data.task, data.labels[split.validation], prediction)
-            rows.append(
-                {
-                    "stage": self.name,
-                    "epoch": epoch,
-                    "loss": float(np.mean(finite)) if finite else None,
-                    "validation_loss": validation if math.isfinite(validation) else math.inf,
-                    "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-                    "skipped_steps": len(losses) - len(finite),
-                    "seconds": round(time.monotonic() - began, 3),
-                    **judged,
-                }
-            )
-            if said:
-                progress(_line(rows[-1], epochs, data.task, best_epoch))
-            if over:
-                break
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, kept, strict=True):
-                parameter.copy_(value)
-        return rows
-
-
 def _say_stopping() -> None:
     # In a signal handler: print could find stderr's buffer in the middle of a write.
     os.write(
@@ -663,16 +501,5 @@ def _say_stopping() -> None:
     )
 
 
-def _line(row: dict[str, Any], epochs: int, task: Task, best: int) -> str:
-    metric = task.metric if task.metric in row else "accuracy"
-    if task.kind == "reg":
-        metric = "mean_absolute_error"
-    text = f"{row['stage']}, epoch {row['epoch']} of at most {epochs}: "
-    if row["loss"] is not None:
-        text += f"loss {row['loss']:.4f}, "
-    text += f"validation {row['validation_loss']:.4f}"
-    if metric in row:
-        text += f", {metric.replace('_', ' ')} {row[metric]:.4f}"
-    if row["skipped_steps"]:
-        text += f", {row['skipped_steps']} steps skipped (not finite)"
-    return text + f"; best so far epoch {best}"
+def _say_stopping_encoding() -> None:
+    os.write(2, b"\nstopping after these windows; Ctrl-C again ends at once\n")

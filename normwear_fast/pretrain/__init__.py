@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
 from normwear_fast.pretrain.data import SeriesShards
-from normwear_fast.pretrain.trainer import PretrainReport, PretrainSettings, RunSettings, pretrain
+from normwear_fast.pretrain.settings import PretrainReport, PretrainSettings, RunSettings
+from normwear_fast.pretrain.trainer import pretrain
 
 __all__ = [
     "MaskedAutoencoder",

@@ -38,7 +38,7 @@ class Log:
 
     Args:
         folder: of the run.
-        step: steps done so far; rows and pictures of later ones are removed.
+        step: steps done so far; rows and pictures of later ones are removed, unread where none is done.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -49,7 +49,8 @@ class Log:
                 "pretraining needs tensorboard; pip install 'normwear-fast[train]'"
             ) from None
         self.folder = folder
-        self.last_losses(1)  # a damaged curve is refused before anything is written
+        if step:
+            self.last_losses(1)  # a damaged curve is refused before anything is written
         for name in (STEPS_FILE, PROBES_FILE):
             _keep_rows(folder / name, step)
         _keep_pictures(folder / PICTURES, step)
@@ -148,7 +149,7 @@ def _keep_rows(path: Path, step: int) -> None:
     """Rewrites a CSV without the rows after ``step``."""
     if not path.exists():
         return
-    rows = read_rows(path)
+    rows = read_rows(path) if step else []
     with reading(path, OutputError, _NOT_OURS):
         rows = [row for row in rows if int(row["step"]) <= step]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

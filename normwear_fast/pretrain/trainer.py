@@ -28,40 +28,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normwear_fast.checkpoint import CHECKPOINT_FILE, check_same, crc32, locked
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import InputError, OutputError, UsageError, one_line, reading, require
 from normwear_fast.interrupts import graceful_stop
-from normwear_fast.optimization import decays, rate_factor
+from normwear_fast.optimization import decays
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
-from normwear_fast.pretrain.checkpoint import (
-    CHECKPOINT_FILE,
-    check_output,
-    load_checkpoint,
-    locked,
-    save_checkpoint,
-)
+from normwear_fast.pretrain.checkpoint import CHECKPOINT, check_output, discard
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE, Log
-from normwear_fast.pretrain.masking import SCHEMES, Noise, draw_noise, kept_patches, mask_of
+from normwear_fast.pretrain.masking import Noise, draw_noise, kept_patches, mask_of
 from normwear_fast.pretrain.pixels import SeriesPatches
+from normwear_fast.pretrain.settings import (
+    AVERAGED,
+    PretrainReport,
+    PretrainSettings,
+    RunSettings,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from normwear_fast.evaluate.samples import SampleSet
 
-PUBLISHED_BATCH = 256
-"""Windows of a step the base learning rate is for."""
-
 MAX_SKIPPED = 50
 """Steps in a row without a finite loss after which a run ends: it would never recover."""
 
-AVERAGED = 20
-"""Steps whose losses are averaged for what is said of a run; `steps.csv` has each."""
-
 PICTURED = 2
 """Windows whose reconstruction is drawn."""
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 class Shards(Protocol):
@@ -70,98 +63,6 @@ class Shards(Protocol):
     def __len__(self) -> int: ...
 
     def series(self, index: int) -> NDArray[np.float32]: ...
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    """What decides the weights a run ends in; a resumed run must agree in all of it.
-
-    Args:
-        steps: of the optimiser, over the whole run.
-        batch_size: windows of a micro-batch, on one device.
-        accumulate: micro-batches of a step, on one device.
-        mask: ``random`` or ``structured``, the better one in the paper.
-        mixup: whether a share of the series is mixed from two, as published.
-        base_learning_rate: of AdamW for 256 windows a step; scaled with the windows.
-        warmup: steps of linear warm-up; None is a tenth of ``steps``. Then half a cosine, to zero.
-        weight_decay: of AdamW, for weights of two or more dimensions; biases, norms and tokens have none.
-        clip: largest norm of a step's gradient.
-        precision: ``float32``, or ``bfloat16`` autocast with float32 weights.
-        seed: of initial weights, order, mixing and masks.
-    """
-
-    steps: int = 45_000
-    batch_size: int = 64
-    accumulate: int = 4
-    mask: str = "structured"
-    mixup: bool = True
-    base_learning_rate: float = 1e-3
-    warmup: int | None = None
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, fits, right in (
-            ("steps", self.steps >= 1, ">= 1"),
-            ("batch_size", self.batch_size >= 1, ">= 1"),
-            ("accumulate", self.accumulate >= 1, ">= 1"),
-            ("mask", self.mask in SCHEMES, "random or structured"),
-            ("base_learning_rate", 0 < self.base_learning_rate < math.inf, "> 0"),
-            ("warmup", self.warmup is None or 0 <= self.warmup <= self.steps, "in 0..steps"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
-            ("clip", self.clip > 0, "> 0"),
-            ("precision", self.precision in PRECISIONS, "float32 or bfloat16"),
-            ("seed", 0 <= self.seed < 2**63, "in 0..2^63-1"),
-        ):
-            if not fits:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be {right}")
-
-    def learning_rate(self, step: int, windows: int) -> float:
-        """Of step ``step``, counted from 0, with ``windows`` windows a step."""
-        peak = self.base_learning_rate * windows / PUBLISHED_BATCH
-        warmup = self.steps // 10 if self.warmup is None else self.warmup
-        return peak * rate_factor(step, self.steps, warmup)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How a run is carried out; may change when it goes on.
-
-    Args:
-        accelerator, devices, strategy: as of `lightning_fabric.Fabric`.
-        compile: whether torch.compile makes the encoder and decoder.
-        checkpoint_every, picture_every, probe_every: steps; 0 for never. A checkpoint is also written at
-            the end and on Ctrl-C.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    strategy: str = "auto"
-    compile: bool = False
-    checkpoint_every: int = 200
-    picture_every: int = 500
-    probe_every: int = 1000
-
-
-@dataclass(frozen=True)
-class PretrainReport:
-    """What a run came to.
-
-    Args:
-        step: steps done.
-        steps: steps asked for.
-        loss: mean of the last :data:`AVERAGED` steps with a finite one.
-        skipped: steps without a finite loss and gradient, which changed nothing.
-        windows_per_second: over this call's steps, pictures and probes included.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    skipped: int
-    windows_per_second: float
 
 
 class TrainingStep(nn.Module):
@@ -326,7 +227,8 @@ def pretrain(
     # Fabric's own words, whatever class it chose for them.
     except Exception as error:
         raise UsageError(
-            f"devices {run.devices}, strategy {run.strategy}: {one_line(error)}"
+            f"device {run.accelerator}, devices {run.devices}, strategy {run.strategy}: "
+            f"{one_line(error)}"
         ) from None
     require("torch.utils.tensorboard", "pretraining", "train")
     if run.picture_every:
@@ -365,10 +267,10 @@ class _Task:
         settings, run = self.settings, self.run
         windows = settings.batch_size * settings.accumulate * fabric.world_size
         identity = self._identity(fabric.world_size)
-        state = None if self.overwrite else load_checkpoint(self.output)
+        state = None if self.overwrite else CHECKPOINT.load(self.output)
         fabric.barrier()
         if state is not None:
-            _check_same(self.output, state["identity"], identity)
+            check_same(self.output, state["identity"], identity)
 
         self.model = MaskedAutoencoder(
             self.config, seed=settings.seed if self.initial is None else None
@@ -397,7 +299,11 @@ class _Task:
                 self._restore(module, optimizer, state)
             step, skipped = int(state["step"]), int(state["skipped"])
             self.say(f"going on after step {step} of {settings.steps}")
-        log = Log(self.output, step) if fabric.is_global_zero else None
+        log = None
+        if fabric.is_global_zero:
+            if self.overwrite:  # only now, when nothing is left that could refuse this run
+                discard(self.output)
+            log = Log(self.output, step)
         batches = _Batches(self.shards, self.config, settings)
         losses = log.last_losses(AVERAGED) if log is not None else []
         in_a_row, first_step, began = 0, step, time.perf_counter()
@@ -512,17 +418,13 @@ class _Task:
         check = 0
         for index in shown:
             check = zlib.crc32(np.ascontiguousarray(self.shards.series(int(index))).data, check)
-        initial = 0
-        for name, value in (self.initial or {}).items():
-            initial = zlib.crc32(value.detach().cpu().contiguous().numpy().data, initial)
-            initial = zlib.crc32(name.encode(), initial)
         return {
             **{f"config.{name}": value for name, value in self.config.to_dict().items()},
             **asdict(self.settings),
             "processes": world_size,
             "series": len(self.shards),
             "series_crc32": check,
-            "initial_crc32": initial,
+            "initial_crc32": crc32(self.initial or {}),
         }
 
     def _state(self, module: Any, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -552,7 +454,7 @@ class _Task:
         weights, moments = self._state(module, optimizer)
         if fabric.is_global_zero:
             state = {"identity": identity, "step": step, "skipped": skipped}
-            save_checkpoint(self.output, {**state, "model": weights, "optimizer": moments})
+            CHECKPOINT.save(self.output, {**state, "model": weights, "optimizer": moments})
             save_pretrained(
                 self.output,
                 weights,
@@ -651,16 +553,3 @@ def _seed_of(seed: int, number: int) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    differ = [
-        f"{name} was {before.get(name)}, is {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if differ:
-        raise OutputError(
-            f"{output}: holds another run ({'; '.join(differ)}); give its settings, "
-            "another folder, or --overwrite"
-        )

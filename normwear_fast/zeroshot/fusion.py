@@ -1,7 +1,7 @@
 """MSiTF: the tokens of a window and a question become one vector in the text encoder's space.
 
 First ``definition``, the paper's formulas on whole tensors; then what ``MSiTF.forward`` runs, the
-same numbers at a fifth of the work; tests/test_zeroshot.py holds the two together in float64.
+same numbers at a fifth of the work; tests/zeroshot/test_fusion.py holds the two together in float64.
 Source: Luo et al. 2026 (arXiv 2412.09758), zero-shot inference; numbers pinned by
 tests/golden/msitf.npz.
 """

@@ -57,8 +57,8 @@ class TrainingSettings:
         for name, fits, right in (
             ("epochs", self.epochs >= 1, ">= 1"),
             ("batch_size", self.batch_size >= 1, ">= 1"),
-            ("learning_rate", self.learning_rate > 0, "> 0"),
-            ("weight_decay", self.weight_decay >= 0, ">= 0"),
+            ("learning_rate", 0 < self.learning_rate < 10, "> 0 and below 10"),
+            ("weight_decay", 0 <= self.weight_decay < 10, ">= 0 and below 10"),
             ("held_out", 0 <= self.held_out < 1, "in [0, 1)"),
         ):
             if not fits:
