@@ -99,7 +99,9 @@ class Checkpoint:
                 f"{_DAMAGED}"
             ) from None
         if not isinstance(state, dict) or state.get("format") != self.format:
-            raise OutputError(f"{path}: not a checkpoint of this version of {self.command}")
+            raise OutputError(
+                f"{path}: not a checkpoint of this version of {self.command}; {_DAMAGED}"
+            )
         if not fits(state, {"identity": dict, **self.form}):
             raise OutputError(f"{path}: is damaged; {_DAMAGED}")
         return state

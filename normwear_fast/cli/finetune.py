@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normwear_fast.cli.encode import add_channel_arguments
-from normwear_fast.cli.main import seed
+from normwear_fast.cli.main import goes_on, seed
 from normwear_fast.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ HELP = (
     "Fine-tune on labelled windows: a head on embeddings made once (the default), the whole encoder, or "
     "LoRA. Writes a folder that encode and predict load. Exit code 0: done; 1: some recordings failed "
     "(listed) and the rest was trained on; 2: refused; 130: Ctrl-C, and what was best so far is written. "
-    "After Ctrl-C, a kill or a power cut the same command goes on."
+    "After Ctrl-C, a kill or a power cut the same command, without --overwrite, goes on."
 )
 EXAMPLE = """\
 normwear-fast finetune cohort/ --labels labels.csv --weights normwear.safetensors --output stress/
@@ -184,14 +184,14 @@ def run(args: argparse.Namespace) -> int:
         predictor = tuner.fit(data, output, overwrite=args.overwrite)
     except KeyboardInterrupt:
         if (output / CHECKPOINT_FILE).exists():
-            _say("the same command goes on")
+            _say(goes_on(args))
         raise
     for message in data.failed.values():
         print_error(message)
     if args.json:
         print(json.dumps({"output": str(output), **predictor.description}, indent=1))
     else:
-        print(*_lines(predictor, output), sep="\n")
+        print(*_lines(predictor, output, goes_on(args)), sep="\n")
     if tuner.interrupted:
         return 130
     return 1 if data.failed else 0
@@ -257,7 +257,7 @@ def _subjects(count: int) -> str:
     return f" ({count} subject{'s' * (count != 1)})" if count else ""
 
 
-def _lines(predictor: Predictor, output: Path) -> list[str]:
+def _lines(predictor: Predictor, output: Path, how_on: str) -> list[str]:
     about: dict[str, Any] = predictor.description
     data = about["data"]
     parts = [
@@ -276,7 +276,7 @@ def _lines(predictor: Predictor, output: Path) -> list[str]:
     training = about["training"]
     if training["interrupted"]:
         epoch = training["epochs_run"]
-        lines.append(f"stopped in epoch {epoch}; this is the best so far; the same command goes on")
+        lines.append(f"stopped in epoch {epoch}; this is the best so far; {how_on}")
     if training["skipped_steps"]:
         lines.append(f"{training['skipped_steps']} steps were skipped: not finite")
     lines.append(f"{predictor.task.name} ({training['mode']}) -> {output}")

@@ -55,6 +55,11 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def goes_on(args: argparse.Namespace) -> str:
+    """How a training that was stopped goes on; --overwrite would begin it anew once more."""
+    return f"the same command {'without --overwrite ' if args.overwrite else ''}goes on"
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; of the commands only ``command`` is imported and knows its arguments."""
     parser = _Parser(

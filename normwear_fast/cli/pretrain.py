@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normwear_fast.cli.main import goes_on
 from normwear_fast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 HELP = """\
 Train a masked autoencoder on the shards of `normwear-fast prepare`. The output folder is one that
-every other command takes as --weights. The same command goes on with a run that was stopped, at
-whatever point."""
+every other command takes as --weights. The same command, without --overwrite, goes on with a run that
+was stopped, at whatever point."""
 EXAMPLE = """\
 normwear-fast pretrain shards/ --output run/ --config small --steps 5000 --batch-size 32 \\
     --accumulate 1 --probe labelled/"""
@@ -178,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
             f"{report.windows_per_second:.1f} windows/s -> {args.output}"
         )
     if report.step < report.steps:
-        _say("stopped; the same command goes on")
+        _say(f"stopped; {goes_on(args)}")
         return 130
     return 0
 

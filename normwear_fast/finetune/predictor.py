@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from normwear_fast.checkpoint import CHECKPOINT_FILE, CHECKPOINT_TEMPORARY
+from normwear_fast.checkpoint import CHECKPOINT_FILE, CHECKPOINT_TEMPORARY, locked
 from normwear_fast.config import SAMPLING_RATE
 from normwear_fast.encode.prepare import NOT_FINITE, OK
 from normwear_fast.encode.settings import window_samples
@@ -38,7 +39,7 @@ from normwear_fast.evaluate.registry import Task
 from normwear_fast.files import check_writable, file_sha256, fits, read_json, sync
 from normwear_fast.finetune.data import Origin, Preparation, prepare_windows
 from normwear_fast.finetune.network import Head, HeadChannels, TokenPool
-from normwear_fast.finetune.resume import CHECKPOINT
+from normwear_fast.finetune.resume import CHECKPOINT, run_folder
 from normwear_fast.inputs import rate_list, window_list
 from normwear_fast.mne import with_own_rate
 from normwear_fast.model import FastNormWear
@@ -213,11 +214,12 @@ class Predictor:
             overwrite: replace a fine-tuned model that is there; other files beside it stay.
 
         Raises:
-            OutputError: something is there, or the folder cannot be written.
+            OutputError: something is there, a run is writing it, or the folder cannot be written.
         """
         folder = Path(folder)
         check_output(folder, overwrite=overwrite)
-        self._replace(folder)
+        with run_folder(folder):
+            self._replace(folder)
 
     def _replace(self, folder: Path, *, unfinished: bool = False) -> None:
         """The folder by one rename; of an ``unfinished`` run with its checkpoint."""
@@ -238,7 +240,7 @@ class Predictor:
             raise OutputError(f"{folder}: the model cannot be written ({reason})") from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            _recover(folder)
+            _recover(where, ours=True)  # of "." this process now knows the old one only
 
     def _write(self, folder: Path) -> None:
         names = expected_shapes(self.encoder.config, decoder=False)
@@ -375,11 +377,19 @@ def check_output(folder: Path, *, overwrite: bool, going_on: bool = False) -> No
         going_on: whether a run that left its checkpoint there may go on.
     """
     _recover(folder)
-    if not folder.exists():
-        return check_writable(folder)
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: exists and is no folder; choose another name")
-    names = set(os.listdir(folder)) - {CHECKPOINT_TEMPORARY}
+    try:
+        if not folder.exists():
+            return check_writable(folder)
+        if not folder.is_dir():
+            raise OutputError(f"{folder}: exists and is no folder; choose another name")
+        names = set(os.listdir(folder)) - {CHECKPOINT_TEMPORARY}
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be a model's folder ({one_line(error)})") from None
+    where = Path(os.path.realpath(folder))
+    if os.path.ismount(where):
+        raise OutputError(
+            f"{folder}: is a mount, and a model takes its folder's place as a whole; name a folder in it"
+        )
     unfinished = CHECKPOINT_FILE in names
     if unfinished and not CHECKPOINT.is_in(folder):
         raise OutputError(
@@ -393,17 +403,20 @@ def check_output(folder: Path, *, overwrite: bool, going_on: bool = False) -> No
             f"{folder}: is no fine-tuned model, and will not be overwritten; choose a new folder"
         )
     check_writable(folder)
-    check_writable(folder.parent)
+    check_writable(where.parent)
 
 
-def _recover(folder: Path) -> None:
+def _recover(folder: Path, *, ours: bool = False) -> None:
     """Ends what a kill between the renames of `Predictor._replace` left: the folder that was there before
-    comes back, or, where the new one took its place, only what others had put into it."""
+    comes back, or, where the new one took its place, only what others had put into it.
+
+    What another run holds is between its renames, and left to it.
+    """
     folder = Path(os.path.realpath(folder))
     old = _beside(folder, "old")
-    with contextlib.suppress(OSError):
-        if old.is_dir() and not folder.exists():
-            old.rename(folder)
+    with contextlib.suppress(OSError, OutputError), nullcontext() if ours else locked(old):
+        if old.is_dir() and not (folder / DESCRIPTION_FILE).exists():
+            old.rename(folder)  # unless something else is there now
         elif old.is_dir():
             for path in old.iterdir():
                 if path.name not in _OWN_FILES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,8 @@ class FineTuner:
         if folder is None:
             return self._fit(data)
         folder = Path(folder)
+        # Before the lock too: what a kill left beside the folder comes back to a name that is free.
+        check_output(folder, overwrite=overwrite, going_on=True)
         with run_folder(folder):
             check_output(folder, overwrite=overwrite, going_on=True)
             predictor = self._fit(data, folder, overwrite)
@@ -188,13 +191,14 @@ class FineTuner:
                     raise ValueError("of another number of windows")
         data = _finite(data, finite)
         split = split_windows(data, settings.validation, settings.seed)
-        embeddings = np.empty((len(data), head.linear.in_features), np.float32)
         targets = torch.from_numpy(data.labels).to(self.device)
         if made is not None:
-            embeddings[:] = made[finite]
+            embeddings = made if finite.all() else made[finite]
             train = torch.from_numpy(embeddings[split.train]).to(self.device)
             head.standardise(train, targets[split.train] if data.task.kind == "reg" else None)
-        elif before is not None:
+        else:
+            assert before is not None
+            embeddings = np.empty((len(data), head.linear.in_features), np.float32)
             with keeper.restoring():
                 head.load_state_dict(before["head"])
                 self.history += before["history"]
@@ -264,11 +268,15 @@ class FineTuner:
                 done = len(rows)
                 made[:done] = rows
             self.progress(f"going on: {done:,} of {len(windows):,} windows are encoded")
-        with graceful_stop(_say_stopping_encoding) as stopped:
+        # Without a folder nothing is kept, and Ctrl-C is the usual exception, at once.
+        asked: AbstractContextManager[Callable[[], bool]] = nullcontext(lambda: False)
+        if keeper.folder is not None:
+            asked = graceful_stop(_say_stopping_encoding)
+        with asked as stopped:
 
             def after(done: int) -> None:
-                rows = torch.from_numpy(made[:done])
-                keeper.offer(lambda: state_of("encoding", embeddings=rows.clone()), stopped())
+                rows = torch.from_numpy(made[:done])  # whose storage ends there too
+                keeper.offer(lambda: state_of("encoding", embeddings=rows), stopped())
                 if stopped():
                     raise KeyboardInterrupt
 

@@ -36,9 +36,9 @@ _TEMPORARY = re.compile(rf"{re.escape(CHECKPOINT_TEMPORARY)}|\.(steps|probes)\.[
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """An OutputError unless a run may be written there: none of what another program, command or
     person left there is ever replaced."""
-    if not folder.exists():
-        return check_writable(folder)
     try:
+        if not folder.exists():
+            return check_writable(folder)
         names = sorted(n for n in os.listdir(folder) if not _TEMPORARY.fullmatch(n))
     except OSError as error:
         raise OutputError(f"{folder}: cannot be a run's folder ({one_line(error)})") from None

@@ -298,6 +298,7 @@ class _Task:
             with reading(self.output / CHECKPOINT_FILE, OutputError, what):
                 self._restore(module, optimizer, state)
             step, skipped = int(state["step"]), int(state["skipped"])
+            state = None  # the weights a second time
             self.say(f"going on after step {step} of {settings.steps}")
         log = None
         if fabric.is_global_zero:

@@ -640,10 +640,17 @@ class _Timed(TableRecording):
             self.start_time = since_1970(self.origin)
         self._opened = True
 
+    def _copied(self) -> bool:
+        self._opened = True
+        try:
+            return super()._copied()
+        finally:
+            self._opened = False
+
     def _rows(
         self, channels: list[int], *, time: bool
     ) -> Iterator[tuple[NDArray[Any], list[Array]]]:
-        # Opening looks at the times alone.
+        # Opening looks at the times alone, unless several rows share each.
         wanted: dict[str, list[int]] = {}
         for place, channel in enumerate(channels if self._opened else []):
             wanted.setdefault(self._sources[channel][0].path, []).append(place)

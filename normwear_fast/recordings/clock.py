@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import RecordingError
-from normwear_fast.recordings.wallclock import wall_unit
+from normwear_fast.recordings.wallclock import are_digits, wall_unit
 
 SHORT_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 """Seconds of the units that times without one may be in."""
@@ -22,7 +22,7 @@ _UNITS = SHORT_UNITS | {
     **dict.fromkeys(("msec", "millisec", "millis", "millisecond", "milliseconds"), 1e-3),
     **dict.fromkeys(("µs", "μs"), 1e-6),  # micro sign, Greek mu: both are written
     **dict.fromkeys(("usec", "micros", "microsecond", "microseconds"), 1e-6),
-    **dict.fromkeys(("nanos", "nanosecond", "nanoseconds"), 1e-9),
+    **dict.fromkeys(("nsec", "nsecs", "nanos", "nanosecond", "nanoseconds"), 1e-9),
 }
 _LONG_UNITS = {
     **dict.fromkeys(("min", "mins", "minute", "minutes"), 60.0),
@@ -251,6 +251,11 @@ def infer_unit(
         raise RecordingError(
             f"{path}: times in column {title} have a unit that is not known; ns, us, ms, s, min, h "
             f"and days are"
+        )
+    if are_digits(times):
+        raise RecordingError(
+            f"{path}: times in column {title} are the digits of times of day; 13:58:58.081 or, with a "
+            f"date, 2024-05-31 13:58:58.081 is right"
         )
     steps = np.abs(np.diff(times))
     moved = steps[steps > 0]

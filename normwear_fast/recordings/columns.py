@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from normwear_fast.errors import RecordingError
 from normwear_fast.recordings.base import Array
 from normwear_fast.recordings.clock import (
+    FINE,
     SHORT_UNITS,
     TIME_WORDS,
     TimeColumn,
@@ -28,7 +29,7 @@ from normwear_fast.recordings.clock import (
     name_words,
     time_column,
 )
-from normwear_fast.recordings.wallclock import runs, since_1970, wall_unit
+from normwear_fast.recordings.wallclock import are_dates, runs, since_1970, wall_unit
 
 _POINTS = 16  # of a piece of the table, at which a column is held against the clock
 _FEWEST = 4  # rows that tell anything
@@ -39,6 +40,11 @@ _COUNTERS = {
 }
 """Words of which the name of a count of rows is made: "Sample Index", "packet_no", "sample #", and what
 pandas calls an index that it has read."""
+_OWNERS = {
+    *("subject", "participant", "patient", "device", "sensor", "channel", "lead", "electrode"),
+}
+"""Words of the name of a column that says, by numbers, whose a row is."""
+_PRESENT = 0.8  # of the devices, say, whose rows a table has, at a time
 _REGULAR = 0.9  # of a count's steps are 1; the others wrap around, or leave out what was lost
 _PACE = 0.01
 """Of the recording, by which a column whose name speaks of time may stray from the clock."""
@@ -53,8 +59,8 @@ class FirstLook:
     Args:
         title: what a user calls it.
         kind: "time" has wall-clock times, "date" days alone; "empty" has no value yet.
-        values: numbers, of whole ones integers, or times with a date or without one; none of other
-            kinds.
+        values: numbers, of whole ones integers, times with a date or without one, or text; there may be
+            none.
         start: the moment of the first row, where it is a time with a date.
         of_day: the times are those of a clock on the wall, or of one that began at 0:00.
         index: it has no title of its own, as pandas' index has not.
@@ -108,7 +114,8 @@ def assign(
         barred: titles of time columns that turned out to be no clock.
 
     Raises:
-        RecordingError: the only time column is text, and there is no --rate.
+        RecordingError: the only time column is text, and there is no --rate; or several rows share each
+            time and are of different devices, say.
     """
     notes: list[str] = []
     out = {i for i, one in enumerate(columns) if one.title in barred}
@@ -135,12 +142,15 @@ def assign(
             second = second or (None if moment is None else (time.title, moment))
     read_as = date = start = None
     if clock is not None:
+        _check_long(path, columns, clock)
         read_as, start = times[clock], columns[clock].start
         date = _date_of(columns, clock)
         if date is not None and columns[date].start is not None:
-            start = columns[date].start + columns[clock].values[0].astype("timedelta64[us]").item()
+            first = columns[clock].values[0].astype("timedelta64[us]").item()
+            start = columns[date].start + first if first else None
             notes.append(
                 f"times in column {read_as.title!r} are of the days in {columns[date].title!r}"
+                + ("" if first else "; from 0:00 on, perhaps since the start: no start time")
             )
     channels = []
     for i, one in enumerate(columns):
@@ -150,6 +160,8 @@ def assign(
             notes.append(f"column {one.title!r} holds {one.holds} and is left out")
         elif i in counted:
             notes.append("the first column counts rows and is left out")
+        elif is_date_title(one.title) and are_dates(one.values):
+            notes.append(f"column {one.title!r} holds dates as numbers and is left out")
         else:
             channels.append(i)
     return Roles(clock, read_as, date, channels, start, second, len(times) > 1, tuple(notes))
@@ -175,13 +187,46 @@ def _candidates(
     return {i: TimeColumn(columns[i].title, None, sure=False) for i in index if i not in out}
 
 
+def tells_by_values(title: str) -> bool:
+    """Whether a column of numbers is to be looked at, as it may say of what day or whose each row is."""
+    return is_date_title(title) or _is_owner(title)
+
+
+def _is_owner(title: str) -> bool:
+    """ "device", "Subject ID"; not "channel 1"."""
+    said = set(name_words(title))
+    return not said.isdisjoint(_OWNERS) and said <= _OWNERS | _COUNTERS
+
+
+def _check_long(path: Path, columns: Sequence[FirstLook], clock: int) -> None:
+    """Refuse a table with several rows at a time, each of another channel or device. A clock that is
+    coarser than its rows has several too, but no column of a few words that are all others in each."""
+    times, time = np.unique(columns[clock].values, return_inverse=True)
+    if time.size < max(_FEWEST, FINE * times.size):
+        return
+    for one in columns:
+        owner = one.kind == "text" or (one.kind == "number" and _is_owner(one.title))
+        if not owner or one.values.size != time.size:
+            continue
+        keys, key = np.unique(one.values, return_inverse=True)
+        all_at_once = 1 < keys.size <= time.size / times.size / _PRESENT
+        if all_at_once and np.unique(time * keys.size + key).size == time.size:
+            raise RecordingError(
+                f"{path}: rows that share a time in column {columns[clock].title!r} are each of another "
+                f"{one.title!r} ({', '.join(map(str, keys[:3]))}{', ...' if keys.size > 3 else ''}); "
+                f"a column or a file for each is right"
+            )
+
+
 def _date_of(columns: Sequence[FirstLook], clock: int) -> int | None:
-    """The column of days whose times of day the clock has: by its title, for a date of birth is none."""
+    """The column of days whose times of day the clock has: by its title, for a date of birth is none.
+    Of several that begin with different days it is not known which."""
     time = columns[clock]
     if not time.of_day or "elapsed" in name_words(time.title) or np.isnat(time.values[:1]).any():
         return None
-    days = (i for i, one in enumerate(columns) if one.kind == "date" and is_date_title(one.title))
-    return next((i for i in days if not np.isnat(columns[i].values).any()), None)
+    days = [i for i, one in enumerate(columns) if one.kind == "date" and is_date_title(one.title)]
+    days = [i for i in days if not np.isnat(columns[i].values).any()]
+    return days[0] if len({columns[i].start for i in days}) == 1 else None
 
 
 def _runs(columns: Sequence[FirstLook], clock: int) -> bool:

@@ -135,8 +135,10 @@ class Head:
 
     def _is_header(self, comment: Sequence[str], first: Sequence[str]) -> bool:
         """Whether the comment right above the first row is its header: it has as many cells, and the
-        row is data. A lone one is a title if it is a word."""
-        if len(comment) != len(first):
+        row is data. A lone one is a title if it is a word; numbers and times are none."""
+        said = [cell.strip() for cell in comment]
+        said[:1] = [cell.lstrip("#% ") for cell in said[:1]]
+        if len(comment) != len(first) or all(map(self.is_value, said)):
             return False
         if len(first) == 1 and not re.fullmatch(r"[#%]\s?\w+", comment[0].strip()):
             return False

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from normwear_fast.errors import RecordingError, one_line
 from normwear_fast.recordings.base import Array, register, split_units
 from normwear_fast.recordings.clock import SHORT_UNITS, time_column
-from normwear_fast.recordings.columns import FirstLook, Roles, assign, counts_rows
+from normwear_fast.recordings.columns import (
+    FirstLook,
+    Roles,
+    assign,
+    counts_rows,
+    tells_by_values,
+)
 from normwear_fast.recordings.table import TableRecording
 from normwear_fast.recordings.wallclock import Midnight, Moments
 
@@ -61,7 +67,13 @@ class ParquetRecording(TableRecording):
             for field in schema
             if _is_time(field.type)
             or types.is_date32(field.type)
-            or (_is_number(field.type) and (time_column(field.name) or _is_index(field.name)))
+            or _is_text(field.type)
+            or (
+                _is_number(field.type)
+                and (
+                    time_column(field.name) or _is_index(field.name) or tells_by_values(field.name)
+                )
+            )
         ]
         try:
             with parquet.ParquetFile(pa.OSFile(os.fsencode(self.path)), pre_buffer=False) as file:
@@ -119,13 +131,12 @@ class ParquetRecording(TableRecording):
                         if column.null_count:
                             bad = row + int(np.argmax(column.is_null().to_numpy(False)))
                             raise self._lacks_time(bad, name)
-                        if name == clock[0]:
-                            times, kind = _stored(column), column.type
-                        else:
-                            times = times + _stored(column) * round(86_400 / SHORT_UNITS[kind.unit])
-                    if clock and pa.types.is_time(kind):
-                        midnight = midnight or Midnight(round(86_400 / SHORT_UNITS[kind.unit]))
-                        times = midnight(times)
+                    if clock:
+                        kind = batch.column(clock[0]).type
+                        times, *days = (_stored(batch.column(name)) for name in clock)
+                        if pa.types.is_time(kind):
+                            midnight = midnight or Midnight(round(86_400 / SHORT_UNITS[kind.unit]))
+                            times = midnight(times, *days)
                     row += batch.num_rows
                     yield times, [_floats(batch.column(name)) for name in columns]
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
@@ -147,7 +158,8 @@ def _first_look(field: Any, column: Any) -> FirstLook:
         start = None if np.isnat(days[0]) else _moment(days[0], None)
         return FirstLook(name, "date", days, start, holds=str(kind))
     if not _is_number(kind):
-        return FirstLook(name, "text", np.empty(0), holds=str(kind))
+        cells = column.to_pylist() if column is not None else []
+        return FirstLook(name, "text", np.array(cells, dtype=object).astype(str), holds=str(kind))
     if column is None:
         return FirstLook(name, "number", np.empty(0))
     values = _stored(column) if not column.null_count else _floats(column)
@@ -187,6 +199,13 @@ def _is_number(kind: Any) -> bool:
         or types.is_boolean(kind)
         or types.is_decimal(kind)
     )
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _moments(column: Any) -> Moments:

@@ -85,11 +85,12 @@ class ClockReader:
     called: str
     notes: list[str] = field(default_factory=list)
 
-    def clock(self, counting: Callable[[], bool]) -> Clock:
+    def clock(self, counting: Callable[[], bool], copied: Callable[[], bool]) -> Clock:
         """What the column turned out to be.
 
         Args:
             counting: whether it counts rows, once it has been read; no rounding blurs those.
+            copied: whether rows that share a time are one row several times.
 
         Raises:
             ClockError: it goes back, or does not move.
@@ -130,10 +131,13 @@ class ClockReader:
             raise ClockError(
                 f"{self.path}: time in column {self.title!r} does not move in {rows} rows"
             )
-        if rows >= FINE * (ticks + 1):
+        mean = last / (rows - 1)
+        fits = self.given is not None and abs(1e9 / self.given / mean - 1) <= _NEAR
+        coarse = rows >= FINE * (ticks + 1)
+        copies = coarse and not fits and copied()
+        if coarse and not copies:
             return self._coarse_clock(rows, last, intervals, shared)
 
-        mean = last / (rows - 1)
         low, median, high = intervals.percentiles(5, 50, 95)
         same = smallest == largest
         look = _Look() if same else self._look(mean, _GAP * median, median, quantum)
@@ -144,7 +148,7 @@ class ClockReader:
         to_interval = quantum >= 0.75 * median
         lost = missed > 0.5 and to_interval and abs(mean / median - 1) <= 0.05
         blur = max(quantum, resolution.spacing)
-        blurred = look.stray <= 2 * blur and not (lost or counting())
+        blurred = look.stray <= 2 * blur and not (lost or copies or counting())
         if look.stray <= 0.2 * mean or blurred:
             # intervals that are all the same are not rounded to it
             return Clock(
@@ -186,8 +190,10 @@ class ClockReader:
             shared: rows to a tick, of those that begin and end in the table.
         """
         fewest, most = shared.percentiles(5, 95) if shared else (1.0, 1.0)
-        tick, longest = ticks.percentiles(50, 95)
-        count, span = self._full_ticks(1.5 * tick if longest <= 1.5 * tick else _GAP * tick)
+        shortest, tick, longest = ticks.percentiles(5, 50, 95)
+        # of ticks that come late some come early; where none does, the long ones have lost rows
+        usual = longest <= 1.5 * tick or shortest >= tick / 2
+        count, span = self._full_ticks((1.5 if usual else _GAP) * tick)
         # the first and the last row of the ticks are each known to a row, all others count
         uncertain = 2 * max(1.0, most - fewest) / count if count else tick / (last + tick)
         rate = 1e9 * count / span if count else 1e9 * rows / (last + tick)
@@ -222,15 +228,19 @@ class ClockReader:
         return Clock(False, rate, samples, gap, tick)
 
     def _full_ticks(self, longest: float) -> tuple[int, int]:
-        """Rows and ns of the ticks that begin and end in the table and are no longer than this."""
+        """Rows and ns of the ticks that begin and end in the table and are no longer than this, but for
+        those after a longer one, which may be cut off."""
         count, span, row = 0, 0, 0
+        after = False  # a longer one
         rows, at = np.empty(0, np.int64), np.empty(0, np.int64)  # of the last tick's beginning
         last: int | None = None
         for times in self.read(None):
             moved = np.flatnonzero(np.diff(times, prepend=times[0] if last is None else last))
             rows, at = np.append(rows, row + moved), np.append(at, times[moved])
             steps = np.diff(at)
-            full = steps <= longest
+            long = np.append(after, steps > longest)
+            full = ~(long[1:] | long[:-1])
+            after = bool(long[-1])
             count += int(np.diff(rows)[full].sum())
             span += int(steps[full].sum())
             rows, at = rows[-1:], at[-1:]

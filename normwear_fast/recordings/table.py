@@ -24,6 +24,7 @@ from normwear_fast.recordings.rates import Clock, ClockReader, Resolution, Sprea
 from normwear_fast.recordings.wallclock import Nanoseconds, since_1970, wall_clock
 
 _PIECE = 65536  # grid points made at a time
+_ALIKE = 0.1  # of the rows that share a time, at which a channel may move where they are one row
 
 
 class TableRecording(Recording):
@@ -31,8 +32,9 @@ class TableRecording(Recording):
 
     A subclass sets `_titles` (name and unit of each channel) and `_time`, then calls `_survey`.
     Opening reads the file once to check every cell and the clock, and the time column a second
-    time unless all intervals are the same; `blocks` reads it again. Columns that turn out to be no
-    channels are left out then: `_places` has the others' places among the titles.
+    time unless all intervals are the same; where rows share times, the cells once more. `blocks`
+    reads it again. Columns that turn out to be no channels are left out then: `_places` has the
+    others' places among the titles.
     """
 
     _titles: list[tuple[str, str]]
@@ -131,7 +133,7 @@ class TableRecording(Recording):
         reader = ClockReader(
             self.path, column.title, self._first_row, times, given, self._rate_from
         )
-        self._clock = reader.clock(lambda: self._counting)
+        self._clock = reader.clock(lambda: self._counting, self._copied)
         self.notes += tuple(reader.notes)
         rate = self._clock.sampling_rate
         if given is not None and abs(given / rate - 1) > 0.01:
@@ -141,6 +143,35 @@ class TableRecording(Recording):
                 f"column {column.title!r}; leave --rate out"
                 + ("" if sure else ", or rename the column if it is no clock")
             )
+
+    def _copied(self) -> bool:
+        """Whether rows that share a time are one row several times: no channel moves within a time, and
+        one does from most times to the next. Counts of rows and second clocks say nothing."""
+        assert self._unit is not None
+        places = [
+            place
+            for place, look in enumerate(self._look)
+            if not (look.counts() or look.is_clock(self._origin, self._unit))
+        ]
+        within, across = np.zeros(len(places)), np.zeros(len(places))  # moves of each channel
+        shared = rows = 0
+        before: list[NDArray[Any]] = []  # the last row
+        for times, columns in self._rows(places, time=True):
+            piece = [times, *columns]
+            piece = list(map(np.concatenate, zip(before, piece, strict=True))) if before else piece
+            same, *still = (
+                (each[1:] == each[:-1]) | ((each != each)[1:] & (each != each)[:-1])
+                for each in piece
+            )
+            before = [each[-1:] for each in piece]
+            within += [float((same & ~each).sum()) for each in still]
+            across += [float((~same & ~each).sum()) for each in still]
+            shared, rows = shared + int(same.sum()), rows + same.size
+            # that many will not be outdone
+            if places and within.max() > max(_ALIKE * shared, 1000):
+                return False
+        most = (rows - shared) / 2
+        return bool(places and within.max() <= _ALIKE * shared and across.max() >= most)
 
     def _watch(self, times: NDArray[Any], columns: list[Array]) -> None:
         for look, values in zip(self._look, columns, strict=True):

@@ -30,6 +30,7 @@ from normwear_fast.recordings.wallclock import (
     daytimes,
     is_date,
     is_daytime,
+    is_since_start,
     is_time,
     is_zoned,
     moment,
@@ -90,11 +91,11 @@ class TextRecording(TableRecording):
         if all(map(is_date, there)):
             return FirstLook(title, "date", moments(cells), moment(cells[0]))
         if is_time(there[0]):
-            of_day = is_daytime(there[0])
+            of_day = is_daytime(there[0]) and not is_since_start(there[0])
             return FirstLook(
                 title, "time", moments(cells), moment(cells[0]), of_day, example=there[0]
             )
-        return FirstLook(title, "text", np.empty(0), example=there[0])
+        return FirstLook(title, "text", np.array(cells), example=there[0])
 
     def _choose(
         self, looks: list[FirstLook], given: float | None, barred: Collection[str]
@@ -120,7 +121,8 @@ class TextRecording(TableRecording):
         if look.kind == "time":
             self._time = replace(roles.time, seconds=1e-9)
             zone = "UTC" if is_zoned(look.example) else None
-            self._types[name] = pa.time64("ns") if look.of_day else pa.timestamp("ns", zone)
+            dated = not is_daytime(look.example)
+            self._types[name] = pa.timestamp("ns", zone) if dated else pa.time64("ns")
         if roles.date is not None:
             self._clock_names.append(self._names[roles.date])
             self._types[self._names[roles.date]] = pa.date32()
@@ -220,9 +222,10 @@ class TextRecording(TableRecording):
                 raise RecordingError(f"{self.path}: {reason}")
         else:
             times = np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False))
-        for days in columns[1:]:
-            times = times + days.cast(pa.int32()).to_numpy().astype(np.int64) * DAY
-        return times if pa.types.is_timestamp(kind) else midnight(times)
+        if pa.types.is_timestamp(kind):
+            return times
+        days = [column.cast(pa.int32()).to_numpy().astype(np.int64) for column in columns[1:]]
+        return midnight(times, *days)
 
     def _values(self, column: Any, name: str, row: int) -> Array:
         """A column as numbers. Of one that is read as text it is found out on the way whether it holds

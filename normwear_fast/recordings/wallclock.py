@@ -71,6 +71,33 @@ def is_time(cell: str) -> bool:
     return bool(_ISO.fullmatch(cell) or _DAYTIME.fullmatch(cell))
 
 
+def is_since_start(cell: str) -> bool:
+    """A time that no clock on the wall shows: 25:10:00, or minutes and seconds."""
+    match = _DAYTIME.fullmatch(cell)
+    return match is not None and (
+        _passed(match) >= DAY or (match["c"] is None and match["f"] is not None)
+    )
+
+
+def are_digits(numbers: NDArray[np.float64]) -> bool:
+    """Whether numbers are the digits of dates and times of day, which no unit makes steps of:
+    20240531135858 (or with ms), or, where minutes pass, 135858.081."""
+    whole = np.floor(numbers)
+    days, time = np.divmod(whole // 1000 if whole.min() > 1e16 else whole, 1e6)
+    hours, minutes, seconds = time // 1e4, time // 100 % 100, time % 100
+    if not ((hours < 24) & (minutes < 60) & (seconds < 60)).all():
+        return False
+    passed = seconds.min() == 0 and seconds.max() == 59 and np.ptp(time) >= 100
+    return are_dates(days) or bool(passed and (days == 0).all())
+
+
+def are_dates(numbers: NDArray[Any]) -> bool:
+    """Whether numbers are the digits of dates between 2000 and 2100, such as 20240531."""
+    months, days = numbers // 100 % 100, numbers % 100
+    dates = (numbers > 2000_00_00) & (numbers < 2100_00_00) & (months >= 1) & (months <= 12)
+    return bool(numbers.size and (dates & (days >= 1) & (days <= 31)).all())
+
+
 def is_zoned(cell: str) -> bool:
     """A time that says of which zone it is."""
     return _ZONED.fullmatch(cell) is not None
@@ -145,21 +172,26 @@ def daytimes(column: Any) -> tuple[Nanoseconds, int | None]:
 class Midnight:
     """Times of day, without a date, as times that go on: after 23:59:59 comes 24:00:00.
 
-    One that falls by more than half a day is the next day's.
+    One that falls by more than half a day is the next day's. With days beside them, so are those of the
+    first day alone: a recording may have no other day in its rows, and others are as they say.
     """
 
     def __init__(self, day: int) -> None:
         self._day = day  # in the column's unit
         self._days = 0
         self._last: int | None = None
+        self._first: int | None = None  # day
 
-    def __call__(self, times: Nanoseconds) -> Nanoseconds:
+    def __call__(self, times: Nanoseconds, days: NDArray[np.int64] | None = None) -> Nanoseconds:
         if not times.size:
             return times
         steps = np.diff(times, prepend=times[0] if self._last is None else self._last)
-        days = self._days + np.cumsum(steps < -(self._day // 2))
-        self._last, self._days = int(times[-1]), int(days[-1])
-        return times + days * self._day
+        passed = self._days + np.cumsum(steps < -(self._day // 2))
+        self._last, self._days = int(times[-1]), int(passed[-1])
+        if days is not None:
+            self._first = int(days[0]) if self._first is None else self._first
+            passed = days - self._first + np.where(days == self._first, passed, 0)
+        return times + passed * self._day
 
 
 def runs(times: Moments) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,16 @@ from pulse_windows import RATE, encoder, labelled, pulses
 from normwear_fast.checkpoint import CHECKPOINT_FILE, locked
 from normwear_fast.cli.main import main
 from normwear_fast.errors import InputError, OutputError
-from normwear_fast.finetune import FineTuner, FineTuneSettings, LabelledWindows, Predictor, resume
+from normwear_fast.finetune import (
+    FineTuner,
+    FineTuneSettings,
+    LabelledWindows,
+    Predictor,
+    predictor,
+    resume,
+)
 from normwear_fast.finetune.stage import Stage
+from normwear_fast.pretrain import checkpoint as pretraining
 
 SETTINGS = FineTuneSettings(
     mode="full", epochs=2, batch_size=12, seed=3, validation=0.25, patience=2
@@ -141,6 +152,9 @@ def test_data_that_are_refused_leave_the_run_that_was_to_be_overwritten(begun: P
 def test_a_run_of_the_same_folder_at_once_is_refused(begun: Path) -> None:
     with locked(begun), pytest.raises(OutputError, match="another run is writing it"):
         tuner().fit(labelled(), begun)
+    found = tuner(replace(SETTINGS, mode="head")).fit(labelled())
+    with locked(begun), pytest.raises(OutputError, match="another run is writing it"):
+        found.save_pretrained(begun, overwrite=True)
     assert (begun / CHECKPOINT_FILE).exists()
 
 
@@ -150,6 +164,16 @@ def truncated(path: Path) -> None:
 
 def foreign(path: Path) -> None:
     torch.save({"state_dict": {}}, path)
+
+
+def test_a_checkpoint_of_another_version_is_refused(begun: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    state = torch.load(folder / CHECKPOINT_FILE, weights_only=True)
+    torch.save({**state, "format": "normwear-fast finetune 9"}, folder / CHECKPOINT_FILE)
+    said = "not a checkpoint of this version of finetune; choose another folder, or"
+    with pytest.raises(OutputError, match=said):
+        tuner().fit(labelled(), folder)
 
 
 def of_pretrain(path: Path) -> None:
@@ -202,6 +226,30 @@ def test_embeddings_are_not_made_again_once_the_head_is_trained(
     monkeypatch.setattr(FineTuner, "_embed", counted)
     found = tuner().fit(labelled(), tmp_path / "run")
     assert embedded == [found.description["data"]["windows"]["validation"]]
+
+
+def test_embeddings_are_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large cohort are larger than its windows."""
+    held: list[Any] = []
+    fit_head, save = FineTuner._fit_head, resume.Checkpoint.save
+
+    def fitted(self: FineTuner, head: Any, embeddings: Any, made: Any, run: Any) -> None:
+        assert np.shares_memory(embeddings, made)
+        assert all(np.shares_memory(made, rows) for rows in held)
+        fit_head(self, head, embeddings, made, run)
+
+    def saved(self: Any, folder: Path, state: Any) -> None:
+        if state["stage"] == "encoding":
+            rows = state["embeddings"]
+            assert rows.untyped_storage().nbytes() == rows.nbytes  # all of it is written
+            held.append(rows.numpy())
+        save(self, folder, state)
+
+    monkeypatch.setattr(FineTuner, "_fit_head", fitted)
+    monkeypatch.setattr(resume.Checkpoint, "save", saved)
+    monkeypatch.setattr(resume, "LEAST_SECONDS", 0)
+    tuner(replace(SETTINGS, mode="head")).fit(labelled(), tmp_path / "run")
+    assert held
 
 
 def without_value(which: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +333,81 @@ def test_a_model_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_killed_between_two_renames_is_not_begun_anew(begun: Path, tmp_path: Path) -> None:
+    shutil.copytree(begun, tmp_path / ".run.old")
+    said: list[str] = []
+    tuner(said=said).fit(labelled(), tmp_path / "run")
+    assert said[0].startswith("going on: full, epoch ")
+    (tmp_path / "run").rename(tmp_path / ".run.old")
+    (tmp_path / "run").mkdir()  # by whom the missing folder surprised
+    with pytest.raises(OutputError, match="run: exists; choose another folder"):
+        tuner().fit(labelled(), tmp_path / "run")
+    Predictor.from_pretrained(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_who_looks_between_two_renames_leaves_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command for the same folder, which would take them for a killed run's."""
+    found = tuner(replace(SETTINGS, mode="head")).fit(labelled(), tmp_path / "run")
+    rename = Path.rename
+
+    def seen(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if target.name == ".run.old":
+            predictor.check_output(tmp_path / "run", overwrite=False, going_on=True)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", seen)
+    found.save_pretrained(tmp_path / "run", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    Predictor.from_pretrained(tmp_path / "run")
+
+
+def test_a_mount_is_refused_before_the_training(tmp_path: Path) -> None:
+    """Nothing takes its name, as a container's /out."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with pytest.raises(OutputError, match=r"is a mount, .* name a folder in it"):
+            predictor.check_output(tmp_path, overwrite=False)
+        predictor.check_output(tmp_path / "run", overwrite=False)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for patched, name in ((Path, "exists"), (os, "listdir")):
+        for check in (predictor.check_output, pretraining.check_output):
+            with monkeypatch.context() as patch:
+                patch.setattr(patched, name, refused)
+                with pytest.raises(OutputError, match=r"folder \(Permission denied\)"):
+                    check(tmp_path, overwrite=False)
+
+
+def test_ctrl_c_of_an_encoding_that_is_not_kept_comes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a notebook, where a second one would end the kernel."""
+    reached: list[str] = []
+
+    def encode(self: Any, *arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of a work unit")
+
+    monkeypatch.setattr("normwear_fast.model.FastNormWear.encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        tuner().fit(labelled())
+    assert not reached
+
+
 def test_a_saved_model_does_not_take_the_place_of_an_unfinished_run(
     begun: Path, tmp_path: Path
 ) -> None:
@@ -299,8 +422,6 @@ def test_a_saved_model_does_not_take_the_place_of_an_unfinished_run(
 def test_the_command_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import signal
-
     windows, labels, _, _ = pulses(8, 2)
     half = {"x_train": np.stack(windows), "y_train": np.array(labels)}
     half |= {"x_test": half["x_train"][::3], "y_test": half["y_train"][::3]}
@@ -324,6 +445,10 @@ def test_the_command_says_how_to_go_on(
     assert stopped["training"]["interrupted"]
     assert main([*command, "--seed", "7"]) == 2
     assert "holds another run (seed was 0, is 7)" in capsys.readouterr().err
+    taken.clear()
+    assert main([*command, "--overwrite"]) == 130
+    out = capsys.readouterr().out
+    assert "this is the best so far; the same command without --overwrite goes on" in out
     assert main(command) == 0
     assert "going on: head, epoch" in capsys.readouterr().err
     assert not (tmp_path / "run" / CHECKPOINT_FILE).exists()
@@ -339,6 +464,11 @@ def test_a_folder_by_another_name_is_replaced_itself(
     found = tuner(replace(SETTINGS, mode="head")).fit(labelled())
     (tmp_path / "disk" / "run").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    looked_at: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor, "check_writable", looked_at.append)
+        predictor.check_output(tmp_path / "link", overwrite=False)
+    assert looked_at == [tmp_path / "link", tmp_path / "disk"]  # where names change
     for _ in range(2):
         found.save_pretrained(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
@@ -348,4 +478,5 @@ def test_a_folder_by_another_name_is_replaced_itself(
     with pytest.raises(OutputError, match=r"^\.: exists; choose another folder"):
         found.save_pretrained(".")
     found.save_pretrained(".", overwrite=True)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["run"]
     Predictor.from_pretrained(tmp_path / "link")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -22,13 +23,13 @@ from pretrain_runs import CPU, SETTINGS, TINY, Waves
 
 import normwear_fast.pretrain.data as pretrain_data
 from normwear_fast import FastNormWear
-from normwear_fast.checkpoint import CHECKPOINT_FILE, locked
+from normwear_fast.checkpoint import CHECKPOINT_FILE, Checkpoint, locked
 from normwear_fast.cli.main import main
 from normwear_fast.errors import InputError, OutputError, UsageError
 from normwear_fast.pretrain.autoencoder import MaskedAutoencoder
 from normwear_fast.pretrain.logs import PROBES_FILE, STEPS_FILE
 from normwear_fast.pretrain.settings import PretrainSettings
-from normwear_fast.pretrain.trainer import MAX_SKIPPED, Order, parameter_groups, pretrain
+from normwear_fast.pretrain.trainer import MAX_SKIPPED, Order, _Task, parameter_groups, pretrain
 from normwear_fast.weights import load_checkpoint
 
 
@@ -126,6 +127,32 @@ def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
     assert pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU).step == SETTINGS.steps
     assert curve(tmp_path) == curve(whole)
+
+
+def test_a_run_that_goes_on_holds_its_weights_once(tmp_path, monkeypatch):
+    def load(self, folder):
+        state = loaded(self, folder)
+        if state is not None:
+            seen.append(weakref.ref(state["model"]["cls_token"]))
+        return state
+
+    def step(self, *args):
+        seen.append(seen[0]() is None)
+        return taken(self, *args)
+
+    def killed(self, *args):
+        if args[4] == 4:
+            raise RuntimeError("killed")
+        return taken(self, *args)
+
+    seen, loaded, taken = [], Checkpoint.load, _Task._step
+    monkeypatch.setattr(_Task, "_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(Waves(), TINY, SETTINGS, tmp_path, run=replace(CPU, checkpoint_every=3))
+    monkeypatch.setattr(Checkpoint, "load", load)
+    monkeypatch.setattr(_Task, "_step", step)
+    pretrain(Waves(), TINY, SETTINGS, tmp_path, run=CPU)
+    assert seen[1:] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -399,6 +426,25 @@ def test_command(shards, tmp_path, capsys):
     command[command.index("--output") + 1] = tmp_path / "further"
     assert main([*map(str, command)]) == 0
     assert "2 of 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [([], "the same command goes on"), (["--overwrite"], "command without --overwrite goes on")],
+)
+def test_a_stopped_command_says_how_to_go_on(extra, said, shards, tmp_path, capsys, monkeypatch):
+    def make(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)  # once: the second ends the process
+        monkeypatch.setattr(pretrain_data, "training_batch", batch)
+        return batch(*args, **options)
+
+    batch = pretrain_data.training_batch
+    monkeypatch.setattr(pretrain_data, "training_batch", make)
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    command = ["pretrain", str(shards), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--config", str(tmp_path / "tiny.json"), "--batch-size", "2", "--steps", "3"]
+    assert main([*command, *extra]) == 130
+    assert capsys.readouterr().err.endswith(f"{said}\n")
 
 
 @pytest.mark.parametrize(

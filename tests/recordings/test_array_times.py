@@ -237,3 +237,15 @@ def test_a_jittered_clock_takes_the_rate_that_the_user_gives(tmp_path: Path) -> 
     np.savez(tmp_path / "r.npz", time=times, ecg=times)
     recording, _ = opened_in_any_blocks(tmp_path / "r.npz", 50.0)
     assert recording.channels[0].sampling_rate == 50.0
+
+
+def test_rows_that_are_there_twice_are_read_once(store: Callable[..., Path]) -> None:
+    rows = np.sort(np.concatenate([np.arange(600), np.arange(200, 400)]))
+
+    def fill(root: Any, put: Callable[..., Any]) -> None:
+        put(root, "time_s", rows / 64)
+        put(root, "ecg", signal(1, 600)[0][rows])
+
+    recording, (data,) = opened_in_any_blocks(store(fill))
+    assert recording.channels[0].sampling_rate == 64.0
+    np.testing.assert_array_equal(data, signal(1, 600)[0])

@@ -279,3 +279,11 @@ def test_names_of_counts_of_rows(tmp_path: Path, name: str) -> None:
         assert any("counts rows and is left out" in note for note in recording.notes)
     for path in both(tmp_path, {"ecg": SIGNAL[:, 0], name: SIGNAL[:, 1]}):
         assert len(names(opened(path, 100.0)[0])) == 2
+
+
+@pytest.mark.parametrize("line", ["# 0.5,1.5", "#1,2", "% 2024-05-31, 13:58"])
+def test_a_comment_of_values_is_no_header(tmp_path: Path, line: str) -> None:
+    rows = "".join(f"{i},{-i}\n" for i in range(200))
+    recording, data = opened(write(tmp_path / "r.csv", f"{line}\n{rows}"), 100.0)
+    assert names(recording) == ["channel_1", "channel_2"]
+    np.testing.assert_array_equal(data, [np.arange(200), -np.arange(200)])

@@ -402,3 +402,55 @@ def test_times_since_a_phone_was_switched_on_are_not_since_1970(tmp_path: Path) 
     phone = {"time_s": EVEN, "sensor_time": 1_234_567_000_000 + (EVEN * 1e9).astype(np.int64)}
     for path in both(tmp_path, {**phone, "ecg": EVEN}):
         assert opened(path)[0].start_time is None
+
+
+def _copies(kind: str) -> np.ndarray:
+    """Places of 1200 rows, of which some are there twice."""
+    some = np.random.default_rng(5).choice(1200, 300, replace=False)
+    more = {"some": some, "all": np.arange(1200), "a part": np.arange(400, 800)}[kind]
+    return np.sort(np.concatenate([np.arange(1200), more]))
+
+
+@pytest.mark.parametrize("kind", ["some", "all", "a part"])
+def test_rows_that_are_there_twice_are_read_once(tmp_path: Path, kind: str) -> None:
+    """As merged exports and packets that were sent again have them: no clock coarser than its rows."""
+    rows = _copies(kind)
+    columns = {"time_s": rows / 64, "ecg": rows % 97, "row": np.arange(rows.size), "on": 1}
+    for path in both(tmp_path, columns):
+        recording, data = opened(path)
+        assert [(c.name, c.sampling_rate) for c in recording.channels] == [
+            ("ecg", 64.0),
+            ("on", 64.0),
+        ]
+        np.testing.assert_array_equal(data, [np.arange(1200) % 97, np.ones(1200)])
+        assert any(f"{rows.size - 1200} of {rows.size} rows" in note for note in recording.notes)
+        rate = rows.size / 1200 * 64  # unless it is the user's
+        assert opened(path, rate)[0].channels[0].samples == pytest.approx(rows.size, abs=1)
+    for path in both(tmp_path, {**columns, "ecg": np.arange(rows.size) % 97}):
+        assert opened(path)[0].channels[0].sampling_rate == pytest.approx(rate, rel=2e-3)
+
+
+def test_packets_that_were_lost_leave_the_rate_of_the_others(tmp_path: Path) -> None:
+    packets = np.flatnonzero(np.random.default_rng(2).random(300) > 0.1)
+    times = np.repeat(np.round(packets * 10 / 64, 3), 10)
+    path, _ = even(tmp_path / "r.csv", times)
+    recording, (data,) = opened(path)
+    assert recording.channels[0].sampling_rate == 64.0
+    assert np.isnan(data).mean() == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_coarse_time_that_a_gap_cuts_off_is_no_measure(tmp_path: Path) -> None:
+    times = np.arange(4000) / 1000
+    times[2000:] += 37.3
+    path, _ = even(tmp_path / "r.csv", np.floor(times))
+    assert opened(path)[0].channels[0].sampling_rate == 1000.0
+
+
+@pytest.mark.parametrize("written", ["%H%M%S", "%H%M%S.%f", "%Y%m%d%H%M%S", "%Y%m%d%H%M%S%f"])
+def test_digits_of_times_of_day_are_no_seconds(tmp_path: Path, written: str) -> None:
+    """A minute would have a hundred of them."""
+    times = pd.date_range("2024-05-31 12:58:30", periods=1200, freq="100ms").strftime(written)
+    cells = [time[:-3] if "%f" in written else time for time in times]
+    for rate in (None, 10.0):
+        path, _ = even(tmp_path / "r.csv", cells, "time,ecg")
+        refused(path, "digits of times of day", "13:58:58.081", rate=rate)

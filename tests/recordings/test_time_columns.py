@@ -360,3 +360,27 @@ def test_a_date_that_stands_still_is_no_clock_of_parquet(tmp_path: Path) -> None
     table.to_parquet(tmp_path / "r.parquet")
     refused(tmp_path / "r.parquet", "no time column")
     assert names(opened(tmp_path / "r.parquet", 50.0)[0]) == ["ecg"]
+
+
+@pytest.mark.parametrize(
+    ("title", "owners"),
+    [
+        ("device", ["left", "right"]),
+        ("name", ["x", "y", "z"]),
+        ("Subject ID", [3, 5]),
+        ("channel", [0, 1, 2]),
+    ],
+)
+def test_a_long_table_is_refused(tmp_path: Path, title: str, owners: list[Any]) -> None:
+    """Its rows, read as samples, would be of several channels by turns."""
+    count = len(owners)
+    columns = {
+        "time_s": np.repeat(EVEN, count),
+        title: np.tile(owners, ROWS),
+        "value": SIGNAL[:, :count].ravel(),
+    }
+    for path in both(tmp_path, columns):
+        for rate in (None, 100.0):
+            refused(path, "share a time in column 'time_s'", title, str(owners[0]), rate=rate)
+    for path in both(tmp_path, columns | {title: np.repeat(owners, ROWS)}):  # a label
+        assert opened(path)[0].channels[-1].sampling_rate == 100.0 * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,3 +126,53 @@ def test_days_and_times_of_day_of_parquet(tmp_path: Path, unit: str) -> None:
     assert recording.start_time == datetime(2024, 3, 18, 23, 59, 50)
     assert recording.channels[0].sampling_rate == 1.0
     np.testing.assert_array_equal(data, np.arange(100))
+
+
+def _dated(path: Path, days: Any, times: Any) -> Path:
+    """Of 400 rows, as CSV or as Parquet."""
+    table = pd.DataFrame({"date": days, "time": times, "ecg": np.arange(400)})
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table["time"] = [time.isoformat("microseconds") for time in times]
+        table.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_a_day_that_changes_a_row_too_late_or_too_early(tmp_path: Path, kind: str) -> None:
+    times = pd.date_range("2024-05-31 23:59:50", periods=400, freq="100ms")
+    path = tmp_path / f"r{kind}"
+    for late in (1, 7, 400):  # or never
+        days = np.concatenate([times.date[:1].repeat(late), times.date])[:400]
+        recording, (data,) = opened(_dated(path, days, times.time))
+        assert recording.start_time == datetime(2024, 5, 31, 23, 59, 50)
+        assert recording.channels[0].sampling_rate == 10.0
+        np.testing.assert_array_equal(data, np.arange(400))
+    refused(_dated(path, np.append(times.date[1:], times.date[-1]), times.time), "goes back")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_times_that_begin_at_0_00_say_no_start(tmp_path: Path, kind: str) -> None:
+    times = pd.date_range("2024-05-31", periods=400, freq="100ms")
+    recording, _ = opened(_dated(tmp_path / f"r{kind}", times.date, times.time))
+    assert recording.start_time is None
+    assert recording.channels[0].sampling_rate == 10.0
+    assert any("no start time" in note for note in recording.notes)
+
+
+@pytest.mark.parametrize("first", ["25:10:{:06.3f}", "10:{:06.3f}"])
+def test_times_since_the_start_are_of_no_day(tmp_path: Path, first: str) -> None:
+    rows = [f"2024-05-31,{first.format(i / 10)},{i}\n" for i in range(400)]
+    recording, _ = opened(write(tmp_path / "r.csv", "date,time,ecg\n" + "".join(rows)))
+    assert recording.start_time is None
+    assert recording.channels[0].sampling_rate == 10.0
+
+
+def test_of_two_days_neither(tmp_path: Path) -> None:
+    rows = [f"2024-05-30,2024-05-31,20240531,{day(i / 10 + 60)},{i}\n" for i in range(400)]
+    text = "recording_date,date,Day,time,ecg\n" + "".join(rows)
+    recording, _ = opened(write(tmp_path / "r.csv", text))
+    assert recording.start_time is None
+    assert [c.name for c in recording.channels] == ["ecg"]
+    assert "column 'Day' holds dates as numbers and is left out" in recording.notes
