@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwear_fast.errors import OutputError, one_line, reading
-from normwear_fast.files import COUNT, fits, read_json
+from normwear_fast.files import COUNT, fits, read_json, sync
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -400,7 +400,7 @@ class OutputFolder:
             if (self.path / PATCHES).is_dir():
                 shutil.rmtree(self.path / PATCHES)
             (self.path / MANIFEST).unlink(missing_ok=True)
-            _sync_folder(self.path)
+            sync(self.path)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -429,14 +429,14 @@ class OutputFolder:
                     path = path.parent
                     folders.add(path)
             for folder in folders:
-                _sync_folder(folder)
+                sync(folder)
 
     def _write(self, name: str, content: bytes) -> None:
         with writing(self.path):
             _replace(self.path / name, content)
-            _sync_folder(self.path)
+            sync(self.path)
             if self._made:
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
                 self._made = []
 
 
@@ -453,11 +453,3 @@ def _replace(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -301,7 +301,8 @@ def survey(
     misnamed = [item for item in found if isinstance(item, MisnamedRecording)]
     found = [item for item in found if not isinstance(item, MisnamedRecording)]
     if windows is not None:
-        found, misnamed = _listed(found, windows), []
+        found = only_named(found, windows.recordings.keys(), "the list of windows")
+        misnamed = []
     items = (
         Look(place, item.id, str(item.path), _listed_for(item.id, windows), len(found) == 1)
         for place, item in enumerate(found)
@@ -327,13 +328,25 @@ def _listed_for(recording: str, windows: WindowList | None) -> WindowList | None
     return WindowList({recording: windows.recordings[recording]}, windows.digest)
 
 
-def _listed(found: Sequence[FoundRecording], windows: WindowList) -> list[FoundRecording]:
-    missing = sorted(set(windows.recordings) - {item.id for item in found})
+def only_named(
+    found: Sequence[FoundRecording], names: Collection[str], who: str
+) -> list[FoundRecording]:
+    """The recordings that a list names, all of which must be there.
+
+    Args:
+        found: what the inputs are.
+        names: ids.
+        who: names them, for the error.
+
+    Raises:
+        UsageError: one is not among the inputs.
+    """
+    missing = sorted(set(names) - {item.id for item in found})
     if missing:
         known = ", ".join(item.id for item in found[:5]) + (", ..." if len(found) > 5 else "")
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UsageError(
-            f"the list of windows names recording {', '.join(missing[:3])}{more}, which is not among "
-            f"the inputs; they are {known}"
+            f"{who} names recording {', '.join(missing[:3])}{more}, which is not among the inputs; "
+            f"they are {known}"
         )
-    return [item for item in found if item.id in windows.recordings]
+    return [item for item in found if item.id in names]

@@ -226,9 +226,9 @@ class LabelledWindows:
         rates = rate_list(sampling_rate, count)
         where = [f"window {index}" for index in range(count)]
         values = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else list(labels)
-        kind, column = _task("label", values, where, task)
+        kind, column = task_of("label", values, where, task)
         preparation = Preparation(
-            window=_common([a.shape[1] / r for a, r in zip(arrays, rates, strict=True)]),
+            window=common_duration([a.shape[1] / r for a, r in zip(arrays, rates, strict=True)]),
             channels=tuple(channels) if channels is not None else None,
             preprocess=preprocess,
             normalize=normalize,
@@ -242,7 +242,7 @@ class LabelledWindows:
             np.array(subjects if subjects is not None else [""] * count, dtype=str),
             where,
             preparation,
-            None if split is None else np.array(_check_splits(split, where)),
+            None if split is None else np.array(check_splits(split, where)),
         )
 
     @classmethod
@@ -277,7 +277,9 @@ class LabelledWindows:
         known = samples.dataset
         rates = samples.sampling_rates.tolist()
         preparation = Preparation(
-            window=_common([w.shape[1] / r for w, r in zip(samples.windows, rates, strict=True)]),
+            window=common_duration(
+                [w.shape[1] / r for w, r in zip(samples.windows, rates, strict=True)]
+            ),
             channels=known.channels if known else None,
             preprocess="none" if known else preprocess,
             normalize=normalize,
@@ -326,10 +328,10 @@ def _of_arrays(
         split=None if split is None else split[kept],
         skipped=dict(Counter(status for status in statuses if status != OK)),
     )
-    return _with_channels(data)
+    return with_channels(data)
 
 
-def _with_channels(data: LabelledWindows) -> LabelledWindows:
+def with_channels(data: LabelledWindows) -> LabelledWindows:
     """The same with its number of channels known, which must be one and fit their names."""
     if not data.windows:
         why = ", ".join(f"{count} for {status}" for status, count in data.skipped.items())
@@ -348,13 +350,13 @@ def _with_channels(data: LabelledWindows) -> LabelledWindows:
     return data
 
 
-def _common(durations: Sequence[float]) -> float | None:
+def common_duration(durations: Sequence[float]) -> float | None:
     """The windows' one duration, s; None where they have several numbers of samples."""
     samples = {window_samples(duration) for duration in durations}
     return durations[0] if len(samples) == 1 else None
 
 
-def _task(
+def task_of(
     name: str, values: list[Any], where: Sequence[str], kind: TaskKind
 ) -> tuple[Task, NDArray[Any]]:
     """Task and column of labels, whose type says what they are unless ``kind`` does."""
@@ -362,7 +364,7 @@ def _task(
         for value, place in zip(values, where, strict=True):
             if isinstance(value, str) and isinstance(_parse_label(value), str):
                 raise InputError(f"{place}: {name} is {value!r}; a number is right for regression")
-        values = [_as_float(v) if isinstance(v, int | str) else v for v in values]
+        values = [as_float(v) if isinstance(v, int | str) else v for v in values]
     elif kind == "classification":
         values = [_class_name(value) for value in values]
     task, column = _own_task(name, values, where)
@@ -371,7 +373,7 @@ def _task(
     return task, column
 
 
-def _as_float(value: int | str) -> float:
+def as_float(value: int | str) -> float:
     """The same; what no floating-point number can hold is infinite, which no target may be."""
     try:
         return float(value)
@@ -386,7 +388,7 @@ def _class_name(value: Any) -> Any:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _check_splits(values: Iterable[Any], where: Sequence[str]) -> list[str]:
+def check_splits(values: Iterable[Any], where: Sequence[str]) -> list[str]:
     found = []
     for value, place in zip(values, where, strict=True):
         name = _text(value)

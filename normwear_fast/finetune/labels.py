@@ -21,7 +21,7 @@ from normwear_fast.encode.pipeline import (
 from normwear_fast.encode.prepare import OK
 from normwear_fast.encode.readers import Readers
 from normwear_fast.encode.settings import check_duration, join_names
-from normwear_fast.encode.survey import Surveyed, find_inputs, survey
+from normwear_fast.encode.survey import Surveyed, find_inputs, only_named, survey
 from normwear_fast.encode.windows import (
     ListedWindows,
     Tiling,
@@ -39,13 +39,12 @@ from normwear_fast.finetune.data import (
     Origin,
     Preparation,
     TaskKind,
-    _as_float,
-    _check_splits,
-    _common,
-    _task,
-    _with_channels,
+    as_float,
+    check_splits,
+    common_duration,
+    task_of,
+    with_channels,
 )
-from normwear_fast.recordings.base import FoundRecording
 
 MOST_WINDOWS = 10_000_000
 """Of one labelled stretch: two years of windows of 6 s. Milliseconds taken for seconds make more."""
@@ -195,7 +194,7 @@ def read_labels(
             raise InputError(f"{where[subjects.index('')]}: no subject; every row needs one")
     splits = None
     if "split" in names:
-        splits = _check_splits([row.get("split") for row in rows], where)
+        splits = check_splits([row.get("split") for row in rows], where)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return LabelTable(path, kind, labels, recordings, stretches, list(subjects), splits, digest)
@@ -220,10 +219,10 @@ def _labels(
             if any(isinstance(value, str) and value for value in parsed):
                 values = [v.strip() if isinstance(v, str) else v for v in values]
             elif any(isinstance(value, float) for value in parsed):
-                values = [_as_float(v) if isinstance(v, int) else v for v in parsed]
+                values = [as_float(v) if isinstance(v, int) else v for v in parsed]
             else:
                 values = parsed
-        found.append(_task(name, values, where, task))
+        found.append(task_of(name, values, where, task))
     if len(found) == 1:
         kind, labels = found[0]
         if kind.kind == "reg" and len(kind.targets) == 1:
@@ -273,9 +272,9 @@ def read_labelled(
         if short:
             notes.append(f"{short} rows are shorter than a window of {preparation.window:g} s")
         if preparation.window is None:
-            preparation = replace(preparation, window=_common(table.durations))
+            preparation = replace(preparation, window=common_duration(table.durations))
     settings = preparation.settings(windows=windows, rate=rate)
-    found = _named(find_inputs(inputs, output), table)
+    found = only_named(find_inputs(inputs, output), set(table.recordings), f"{table.path}:")
     rows_of_recording = {name: row for row, name in enumerate(table.recordings)}
     with contextlib.closing(Readers(workers)) as readers:
         surveyed = survey(found, settings, windows, look=readers.look)
@@ -302,7 +301,7 @@ def read_labelled(
             place = row_of.get((row.recording, window.id)) if windows else None
             kept.append(rows_of_recording[row.recording] if place is None else place)
             origins.append(Origin(row.recording, window.id, window.start, window.duration))
-    return _with_channels(
+    return with_channels(
         LabelledWindows(
             windows=[window for unit in units for window in unit.data],
             labels=table.labels[kept],
@@ -318,20 +317,6 @@ def read_labelled(
             notes=notes,
         )
     )
-
-
-def _named(found: Sequence[FoundRecording], table: LabelTable) -> list[FoundRecording]:
-    """The recordings that the table names, all of which must be there."""
-    names = set(table.recordings)
-    missing = sorted(names - {item.id for item in found})
-    if missing:
-        known = ", ".join(item.id for item in found[:5]) + (", ..." if len(found) > 5 else "")
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(
-            f"{table.path}: names recording {', '.join(missing[:3])}{more}, which is not among the "
-            f"inputs; they are {known}"
-        )
-    return [item for item in found if item.id in names]
 
 
 def _same_channels(surveyed: Sequence[Surveyed]) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from normwear_fast import __version__
 from normwear_fast.encode.local import LocalEngine
-from normwear_fast.encode.output import METADATA_KEY, _replace, _sync_folder
+from normwear_fast.encode.output import METADATA_KEY, _replace
 from normwear_fast.encode.pipeline import (
     default_tokens,
     plan_jobs,
@@ -29,7 +29,7 @@ from normwear_fast.encode.settings import EncodeSettings, join_names
 from normwear_fast.encode.survey import Surveyed, find_inputs, survey
 from normwear_fast.encode.windows import WindowList
 from normwear_fast.errors import OutputError, UsageError, one_line
-from normwear_fast.files import check_writable
+from normwear_fast.files import check_writable, sync
 from normwear_fast.finetune.predictor import Prediction, Predictor, prediction_columns
 
 if TYPE_CHECKING:
@@ -245,6 +245,6 @@ def _write(
     pq.write_table(table, sink, compression="zstd")
     try:
         _replace(output, sink.getvalue().to_pybytes())
-        _sync_folder(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({one_line(error)})") from None
