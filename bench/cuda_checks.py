@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast import cuda_backend, ingest, linear_float8, operators
+from normwear_fast import cuda_backend, ingest, linear_float8, linear_hopper, operators
 from normwear_fast.linear_float8 import FLOAT8, INNER
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, sequence_tokens
@@ -40,6 +40,7 @@ THREADS = {
     "tokenize_kernel": 192,
     "ingest_kernel": 256,
     "linear_float8_kernel": 384,
+    "linear_kernel": 384,
 }
 """Of a block, as in the kernels' launch bounds."""
 
@@ -48,6 +49,7 @@ BLOCKS = {
     "tokenize_kernel": 3,
     "ingest_kernel": 2,
     "linear_float8_kernel": 1,
+    "linear_kernel": 1,
 }
 """Of a multiprocessor at once, as in the launch bounds (1: none given)."""
 
@@ -170,7 +172,7 @@ def _instructions(target: Path) -> dict[tuple[str, str], dict[str, int]]:
         elif match := re.search(r"Function : (\w+)", line):
             kernel = _short(match.group(1))
             counts[arch, kernel] = {}
-        elif match := re.search(r"\b((?:LDG|STG|LDL|STL|HMMA|QGMMA)[A-Z0-9._]*)", line):
+        elif match := re.search(r"\b((?:LDG|STG|LDL|STL|HMMA|HGMMA|QGMMA)[A-Z0-9._]*)", line):
             found = counts[arch, kernel]
             found[match.group(1)] = found.get(match.group(1), 0) + 1
     return counts
@@ -199,7 +201,13 @@ def checks() -> list[tuple[str, Check]]:
                 name = f"tokenize {method} {residual} {'tf32' if tf32 else 'float32'}"
                 found.append((name, _tokenize_check(method, residual, tf32)))
     if _hopper():
-        found.append(("linear_float8 is taken", _taken_check))
+        found.append(("linear_float8 is taken", _taken_check(linear_float8.fits)))
+        found.append(("linear is taken", _taken_check(linear_hopper.fits)))
+        for kind in ("bias", "gelu", "scaled"):
+            for columns, inner in ((192, 128), (1536, 768), (2304, 768), (3072, 768), (768, 3072)):
+                for rows in (1, 129, 258, 4_099, 30_001):
+                    name = f"linear {kind} {rows} rows, {inner} to {columns}"
+                    found.append((name, _linear_check(kind, rows, inner, columns)))
         for columns in (384, 3072):
             for rows in (1, 127, 128, 129, 560, 4099, 70_001):
                 name = f"{rows} rows to {columns}"
@@ -217,10 +225,54 @@ def _hopper() -> bool:
     return torch.cuda.get_device_capability() == (9, 0)
 
 
-def _taken_check() -> dict[str, float]:
-    """Whether fp8's encoder takes it there: a wrong no would cost speed and nothing else."""
-    taken = linear_float8.fits(torch.device("cuda"), INNER, 3072)
-    return {"error": float(not taken), "bound": 0.0, "stable": 1.0}
+def _taken_check(fits: Callable[..., bool]) -> Check:
+    """Whether the encoder takes it there: a wrong no would cost speed and nothing else."""
+
+    def check() -> dict[str, float]:
+        taken = fits(torch.device("cuda"), INNER, 3072)
+        return {"error": float(not taken), "bound": 0.0, "stable": 1.0}
+
+    return check
+
+
+def _linear_operands(kind: str, rows: int, inner: int, columns: int) -> dict[str, Any]:
+    x = torch.randn(rows, inner, device="cuda")
+    weight = torch.randn(columns, inner, device="cuda") / inner**0.5
+    bias = torch.randn(columns, device="cuda")
+    if kind == "scaled":
+        (x, x_scale), (weight, scale) = map(linear_float8.quantise_columns, (x, weight))
+        return {"x": x, "weight": weight, "bias": bias.bfloat16(), "scales": (x_scale, scale)}
+    operands = {"x": x.bfloat16(), "weight": weight.bfloat16(), "gelu": kind == "gelu"}
+    return {**operands, "bias": bias if kind == "gelu" or rows % 2 else None}
+
+
+def _linear_check(kind: str, rows: int, inner: int, columns: int) -> Check:
+    def check() -> dict[str, float]:
+        given = _linear_operands(kind, rows, inner, columns)
+
+        def run() -> tuple[Tensor, ...]:
+            held = torch.full((rows + 1, columns), torch.nan, device="cuda").bfloat16()
+            linear_hopper.linear(**given, out=held[:rows])
+            if not bool(held[rows].isnan().all()):
+                held[:] = torch.nan  # wrote past its rows
+            return (held[:rows],)
+
+        (got,), stable = _twice(run)
+        # Half a unit in bfloat16's last place; beside zero, float32's sums and GELU's 0.003 %. Of float8
+        # the tensor cores keep some 14 bits of the largest term of a sum of 32.
+        absolute = 2**-13 * 4 if kind == "scaled" else 2e-5
+        worst = 0.0
+        for first in range(0, rows, 8192):
+            part = slice(first, first + 8192)
+            some = {**given, "x": given["x"][part]}
+            if kind == "scaled":
+                some["scales"] = (given["scales"][0][part], given["scales"][1])
+            exact = linear_hopper.linear_ref(**some)
+            error = (got[part].double() - exact).abs() / (absolute + 2**-8 * exact.abs())
+            worst = max(worst, float(error.max().nan_to_num(nan=torch.inf)))
+        return {"error": worst, "bound": 1.0, "stable": stable}
+
+    return check
 
 
 def _twice(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
@@ -441,6 +493,8 @@ def timings() -> list[dict[str, Any]]:
         seconds = _seconds(lambda: linear_float8.linear_float8(x, scale, linear, out=out8))
         flops = 2.0 * out8.numel() * INNER
         found.append({"name": "linear_float8", "seconds": seconds, "flops_per_s": flops / seconds})
+        for kind, columns in (("bias", 2304), ("gelu", 3072), ("scaled", 2304)):
+            found += _linear_timings(kind, columns)
     raw = torch.randint(-9000, 9000, (8, 360 * 6 * 64), dtype=torch.int16, device="cuda")
     starts = np.arange(64) * 360 * 6
 
@@ -456,6 +510,34 @@ def timings() -> list[dict[str, Any]]:
         }
     )
     return found
+
+
+def _linear_timings(kind: str, columns: int) -> list[dict[str, Any]]:
+    """`linear` at a layer's shape beside what it took the place of."""
+    from normwear_fast.gpu import scaled_product
+    from normwear_fast.kernels.linear_gelu import linear_gelu
+
+    rows = 131_040
+    given = _linear_operands(kind, rows, INNER, columns)
+    x, weight, bias = given["x"], given["weight"], given["bias"]
+    out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+    before: dict[str, Callable[[], object]] = {
+        "bias": lambda: torch.mm(x, weight.T, out=out),
+        "gelu": lambda: linear_gelu(x, weight, bias, out=out),
+        "scaled": lambda: scaled_product(
+            x, given["scales"][0], weight, given["scales"][1], out, bias
+        ),
+    }
+    taken = _seconds(lambda: linear_hopper.linear(**given, out=out))
+    flops = 2.0 * rows * columns * INNER
+    return [
+        {
+            "name": f"linear {kind} {INNER} to {columns}",
+            "seconds": taken,
+            "flops_per_s": flops / taken,
+            "over_baseline": _seconds(before[kind]) / taken,
+        }
+    ]
 
 
 def _seconds(run: Callable[[], object]) -> float:

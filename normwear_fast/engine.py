@@ -27,9 +27,10 @@ from normwear_fast.wavelets import ScalogramMethod
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 
-BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
-"""Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
-GPU, 2.0 GB of activations in bfloat16."""
+BATCH_TOKENS = {"cpu": 3_360, "cuda": 262_144}
+"""Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 468 on a
+GPU, 4.0 GB of activations in bfloat16. With half as many every launch's last round of tiles, and what
+windows of several channels leave of the budget, cost an H200 2 to 3 % (2026-11-26)."""
 
 UNIT_BATCHES = 8
 """Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""

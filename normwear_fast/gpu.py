@@ -113,6 +113,11 @@ and 0.38 (2026-11-26). Tiles of 4,224 and 8,448 rows, whose activations stay in 
 H200 4 % slower: the vendor's products lose more on so few rows. Blackwell keeps the vendor's until one
 has been measured."""
 
+LINEAR_ROWS = 3_072
+"""Fewer rows leave qkv and fc1 to the vendor on a Hopper GPU too: 1,792 take `linear` 19 and 21 us, the
+vendor 14 and, with `bias_gelu`, 22; 3,584 take it 25 and 34 us, the vendor 25 and 44 (an H100,
+2026-11-26)."""
+
 FUSED_ROWS = 8_192
 """Fewer rows take the vendor's fc1 and the activation after it, as one window's latency does: 1,792 rows
 make 336 tiles of 128 x 128, two rounds of the 264 programs that an H100 works at."""
@@ -378,18 +383,45 @@ class GpuEncoder:
         """One block, in place: x stands without the constants that the norms carry."""
         ops, eps, width = self.ops, self.folded.layer_eps, x.shape[1]
         normed = ops.residual_norm(x, norms[0], eps, out=buffers.normed)
-        qkv = torch.addmm(block.qkv_bias, normed, block.qkv.T, out=buffers.qkv)
+        qkv = self._product(normed, block.qkv, block.qkv_bias, buffers.qkv)
         attended = self._attention(
             qkv[:, :width], qkv[:, width:], segments, segments, buffers.attended
         )
         x.addmm_(attended, block.proj.T)
         self._mlp(x, block, norms[1], buffers)
 
+    def _many(self, x: Tensor) -> bool:
+        """Whether ``ops.linear`` is the faster for so many rows, and the precision is one of its own."""
+        return len(x) >= LINEAR_ROWS and self.precision != "float32"
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """out = x weight^T + bias."""
+        if self.ops.linear is not None and self._many(x):
+            return self.ops.linear(x, weight, bias, out=out)
+        if bias is None:
+            return torch.mm(x, weight.T, out=out)
+        return torch.addmm(bias, x, weight.T, out=out)
+
+    def _product8(
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        weight: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> Tensor:
+        """The same of 8-bit operands with their scales."""
+        if self.ops.linear is not None and self._many(x):
+            return self.ops.linear(x, weight[0], bias, scales=(x_scale, weight[1]), out=out)
+        return scaled_product(x, x_scale, *weight, out, bias)
+
     def _mlp(self, x: Tensor, block: FoldedBlock, carried: Tensor, buffers: _Buffers) -> None:
         ops = self.ops
         normed = ops.residual_norm(x, carried, self.folded.layer_eps, out=buffers.normed)
         hidden = _present(buffers.hidden)
-        if ops.linear_gelu is not None and self.mlp["FUSED"] and len(x) >= FUSED_ROWS:
+        if ops.linear is not None and self._many(x):
+            ops.linear(normed, block.fc1, block.fc1_bias, gelu=True, out=hidden)
+        elif ops.linear_gelu is not None and self.mlp["FUSED"] and len(x) >= FUSED_ROWS:
             ops.linear_gelu(normed, block.fc1, block.fc1_bias, out=hidden)
         else:
             torch.mm(normed, block.fc1.T, out=hidden)
@@ -410,7 +442,7 @@ class GpuEncoder:
         block, weights = self.blocks[i], self.float8_blocks[i]
         normed, scale, hidden8, update = buffers.float8()
         ops.residual_norm(x, norms[0], eps, update=pending, out=normed, scale=scale)
-        qkv = scaled_product(normed, scale, *weights.qkv, buffers.qkv, block.qkv_bias)
+        qkv = self._product8(normed, scale, weights.qkv, block.qkv_bias, buffers.qkv)
         attended = self._attention(
             qkv[:, :width], qkv[:, width:], segments, segments, buffers.attended
         )
@@ -477,14 +509,14 @@ class GpuEncoder:
                 residual, carried, eps, update=pending, out=buffers.normed, scale=scale
             )
             kept = (weight[width:], columns[width:])
-            scaled_product(buffers.normed, scale, *kept, key_value, None)
+            self._product8(buffers.normed, scale, kept, None, key_value)
         else:
             ops.residual_norm(residual, carried, eps, out=buffers.normed)
-            torch.mm(buffers.normed, block.qkv[width:].T, out=key_value)
+            self._product(buffers.normed, block.qkv[width:], None, key_value)
         ops.gather_rows(residual, index, out=x)
         normed = ops.residual_norm(x, carried, eps, out=few.normed)
         query = few.qkv.view(-1)[: rows * width].view(rows, width)
-        torch.addmm(block.qkv_bias[:width], normed, block.qkv[:width].T, out=query)
+        self._product(normed, block.qkv[:width], block.qkv_bias[:width], query)
         attended = self._attention(query, key_value, layout.ones, layout.sequences, few.attended)
         x.addmm_(attended, block.proj.T)
         self._mlp(x, block, folded.carried[2 * last + 1], few)

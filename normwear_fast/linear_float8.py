@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normwear_fast import _native, cuda_backend
+from normwear_fast import cuda_backend, linear_hopper
 from normwear_fast.errors import InputError
 
 FLOAT8 = torch.float8_e4m3fn
@@ -100,14 +100,8 @@ def linear_float8_ref(x: Tensor, x_scale: Tensor, linear: Float8Linear) -> Tenso
 
 
 def fits(device: torch.device, inner: int, columns: int) -> bool:
-    """Whether the kernel runs there on such sizes: on a Hopper GPU, where it was built, and with a driver
-    for the CUDA it was built with, which may be newer than torch's."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    module, _ = _native.load()
-    if module is None or not module.CUDA or not takes(inner, columns):
-        return False
-    return bool(module.cuda_linear_float8_runs())
+    """Whether the kernel runs there on such sizes."""
+    return takes(inner, columns) and linear_hopper.runs(device)
 
 
 def takes(inner: int, columns: int) -> bool:

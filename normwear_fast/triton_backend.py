@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normwear_fast import linear_float8
+from normwear_fast import linear_float8, linear_hopper
 from normwear_fast.backends import Backend
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
@@ -61,10 +61,12 @@ def backend() -> Backend:
         # Other head sizes attend through the plain operator, which reads lengths on the host.
         bucketed = config.head_dim in channel_attention.HEAD_SIZES
         device = folded.carried.device
-        fused = linear_float8.fits(device, config.embed_dim, config.hidden_dim)
+        sizes = (config.embed_dim, config.hidden_dim)
         ops = table
-        if fused:
-            ops = dataclasses.replace(table, linear_float8=linear_float8.linear_float8)
+        if linear_float8.fits(device, *sizes):
+            ops = dataclasses.replace(ops, linear_float8=linear_float8.linear_float8)
+        if linear_hopper.fits(device, *sizes):
+            ops = dataclasses.replace(ops, linear=linear_hopper.linear)
         return GpuEncoder(folded, config, precision, ops, bucketed=bucketed)
 
     return dataclasses.replace(
@@ -77,11 +79,10 @@ def _versions(device: torch.device) -> dict[str, Any]:
 
     from normwear_fast.kernels.tuning import measured_choices
 
-    sizes = (linear_float8.INNER, linear_float8.MOST_COLUMNS)
     return {
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "kernels": measured_choices(device),
-        # fp8's arrangement depends on it.
-        "linear_float8": linear_float8.fits(device, *sizes),
+        # Whose qkv and fc1 run depends on it.
+        "hopper": linear_hopper.runs(device),
     }

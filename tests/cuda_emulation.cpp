@@ -16,7 +16,7 @@
 
 #include "cuda/bind.h"
 #include "cuda/ingest.cuh"
-#include "cuda/linear_float8.cuh"
+#include "cuda/linear.cuh"
 #include "cuda/residual_norm.cuh"
 #include "cuda/tokenize.cuh"
 
@@ -268,7 +268,7 @@ float from_float8(std::uint8_t bits) {
 
 }  // namespace
 
-bool linear_float8_runs() { return true; }
+bool hopper_runs() { return true; }
 bool ingest_runs() { return true; }
 
 // The tensor cores have no stand-in on the host: the product is a plain one. What is the kernel's own is
@@ -293,6 +293,38 @@ void linear_float8(const LinearFloat8& call, std::uintptr_t) {
                                        bits_float(pair[n % 2]), half(2));
             static_cast<std::uint8_t*>(call.out)[row * call.columns + to] =
                 static_cast<std::uint8_t>(float8_bits(gelu_float8(v) * half(3)));
+        }
+    }
+}
+
+// The same; a lane's columns are the tensor map's doing, which only a GPU has.
+void linear(const Linear& call, std::uintptr_t) {
+    if (call.columns % 192 != 0 || call.columns > linear_columns || call.blocks < 2) {
+        throw std::runtime_error("linear: sizes");
+    }
+    const bool float8 = call.epilogue == linear_scaled;
+    const auto value = [&](const void* matrix, std::int64_t i) {
+        return float8 ? from_float8(static_cast<const std::uint8_t*>(matrix)[i])
+                      : bits_float(std::uint32_t{static_cast<const std::uint16_t*>(matrix)[i]} << 16);
+    };
+    for (std::int64_t row = 0; row < call.rows; ++row) {
+        for (int n = 0; n < call.columns; ++n) {
+            double sum = 0;
+            for (int k = 0; k < call.inner; ++k) {
+                sum += static_cast<double>(value(call.x, row * call.inner + k)) *
+                       value(call.weight, static_cast<std::int64_t>(n) * call.inner + k);
+            }
+            float bias = 0;
+            if (call.bias != nullptr && call.bias_type == type_bfloat16) {
+                bias = bits_float(std::uint32_t{static_cast<const std::uint16_t*>(call.bias)[n]} << 16);
+            } else if (call.bias != nullptr) {
+                bias = static_cast<const float*>(call.bias)[n];
+            }
+            float v = static_cast<float>(sum) + bias;
+            if (call.epilogue == linear_gelu) v = gelu_bfloat16(v);
+            if (float8) v = scaled_sum(static_cast<float>(sum), call.x_scale[row], call.scale[n], bias);
+            static_cast<std::uint16_t*>(call.out)[row * call.columns + n] =
+                static_cast<std::uint16_t>(bfloat16_bits(v));
         }
     }
 }

@@ -18,7 +18,14 @@ import torch
 from cuda_emulation import emulated, load  # noqa: F401
 from torch.nn import functional as F
 
-from normwear_fast import FastNormWear, NormWearConfig, _native, cuda_backend, operators
+from normwear_fast import (
+    FastNormWear,
+    NormWearConfig,
+    _native,
+    cuda_backend,
+    linear_hopper,
+    operators,
+)
 from normwear_fast.backends import BACKENDS, Backend, select_backend
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.linear_float8 import (
@@ -32,6 +39,7 @@ from normwear_fast.linear_float8 import (
     parts,
     quantise_columns,
 )
+from normwear_fast.linear_hopper import linear, linear_ref
 from normwear_fast.operators import Tokenizer
 from normwear_fast.packing import Segments, sequence_tokens
 
@@ -371,7 +379,7 @@ def test_launch_without_a_driver() -> None:
         pytest.skip("there is a GPU here")
     assert set(module.CUDA_ARCHITECTURES.split()) == {"sm_80", "sm_90a", "sm_100"}
     assert not module.cuda_ingest_runs()
-    assert not module.cuda_linear_float8_runs()
+    assert not module.cuda_hopper_runs()
     x = torch.zeros(1, 8)
     fields: dict[str, Any] = dict.fromkeys(
         (
@@ -429,6 +437,83 @@ def test_setup_does_without_nvcc(
     monkeypatch.setenv("NORMWEAR_FAST_CUDA", "0")
     assert setup["cuda_toolkit"](["c++"]) is None
     assert capsys.readouterr().err == ""
+
+
+# linear
+
+
+def linear_operands(
+    rows: int, inner: int, columns: int, scaled: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    x, weight = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5
+    if not scaled:
+        return x.bfloat16(), weight.bfloat16(), None
+    (x, x_scale), (weight, scale) = quantise_columns(x), quantise_columns(weight)
+    return x, weight, (x_scale, scale)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("bias_type", [None, *FLOATS])
+@pytest.mark.parametrize(("gelu", "scaled"), [(False, False), (True, False), (False, True)])
+def test_linear(bias_type: torch.dtype | None, gelu: bool, scaled: bool) -> None:
+    x, weight, scales = linear_operands(5, 128, 192, scaled)
+    bias = None if bias_type is None else torch.randn(192).to(bias_type)
+    out = torch.full((5, 192), torch.nan).bfloat16()
+    assert linear(x, weight, bias, scales=scales, gelu=gelu, out=out) is out
+    exact = linear_ref(x, weight, bias, scales=scales, gelu=gelu)
+    # Half a unit in the last place of bfloat16, and what float32 and GELU's 0.003 % leave beside zero.
+    assert ((out.double() - exact).abs() <= 2**-8 * exact.abs() + 2e-6).all()
+    assert torch.equal(linear(x, weight, bias, scales=scales, gelu=gelu), out)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_keeps_nan_in_its_row(gelu: bool) -> None:
+    x, weight, _ = linear_operands(4, 64, 192, False)
+    x[1, 7] = torch.nan
+    out = linear(x, weight, torch.randn(192), gelu=gelu)
+    assert out[1].isnan().all()
+    assert not out[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 128)}, "x is torch.float32, not torch.bfloat16"),
+        ({"weight": torch.zeros(192, 64).bfloat16()}, r"weight has shape \(192, 64\)"),
+        ({"weight": torch.zeros(200, 128).bfloat16()}, "128 values to 200 outputs; rows must be"),
+        ({"weight": torch.zeros(3264, 128).bfloat16()}, "128 values to 3264 outputs"),
+        ({"x": torch.zeros(4, 100).bfloat16()}, "100 values to 192 outputs"),
+        ({"bias": torch.zeros(191)}, r"bias has shape \(191,\), not \(192,\)"),
+        ({"bias": torch.zeros(192).double()}, "bias is torch.float64"),
+        ({"out": torch.zeros(4, 192)}, "out is torch.float32"),
+        ({"out": torch.zeros(192, 4).bfloat16().T}, "out is not contiguous"),
+        ({"scales": (torch.ones(4), torch.ones(192))}, "x is torch.bfloat16, not"),
+        ({"x": torch.empty(2**30 + 1, 128, device="meta")}, "1,073,741,825 rows; one call takes"),
+        ({}, "the tensors are on cpu"),
+    ],
+)
+def test_linear_refuses(change: dict[str, Any], message: str) -> None:
+    x, weight, _ = linear_operands(4, 128, 192, False)
+    given = {"x": x, "weight": weight, "out": torch.empty(4, 192).bfloat16(), **change}
+    with pytest.raises(InputError, match=f"linear: {message}"):
+        linear(**given)
+
+
+@pytest.mark.parametrize(
+    ("scales", "gelu", "message"),
+    [
+        ((torch.ones(3), torch.ones(192)), False, r"x's scale has shape \(3,\)"),
+        ((torch.ones(4), torch.ones(4)), False, r"weight's scale has shape \(4,\)"),
+        ((torch.ones(4), torch.ones(192)), True, "gelu is not made of scaled operands"),
+    ],
+)
+def test_linear_refuses_scales(
+    scales: tuple[torch.Tensor, torch.Tensor], gelu: bool, message: str
+) -> None:
+    x, weight, _ = linear_operands(4, 128, 192, True)
+    with pytest.raises(InputError, match=f"linear: {message}"):
+        linear(x, weight, scales=scales, gelu=gelu)
 
 
 # linear_float8
@@ -526,12 +611,32 @@ def test_linear_float8_is_for_hopper(
     for built, runs in ((True, True), (True, False), (False, False)):
         module = types.SimpleNamespace(CUDA=built)
         if built:  # a driver may be too old for it
-            module.cuda_linear_float8_runs = lambda runs=runs: runs
+            module.cuda_hopper_runs = lambda runs=runs: runs
         monkeypatch.setattr(_native, "load", lambda module=module: (module, None))
         assert fits(device, *sizes) is (fit and runs)
+        if sizes == (768, 3072):
+            assert linear_hopper.fits(device, *sizes) is (fit and runs)
     monkeypatch.setattr(_native, "load", lambda: (None, "it was not built"))
     assert not fits(device, *sizes)
     assert not fits(torch.device("cpu"), *sizes)
+    assert not linear_hopper.fits(torch.device("cpu"), *sizes)
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "fit"),
+    [
+        (768, 3072, True),
+        (384, 1536, True),
+        (512, 2048, False),
+        (768, 3000, False),
+        (1152, 4608, False),
+    ],
+)
+def test_linear_is_for_some_widths(
+    width: int, hidden: int, fit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_hopper, "runs", lambda device: True)
+    assert linear_hopper.fits(CPU, width, hidden) is fit
 
 
 def test_linear_float8_order() -> None:

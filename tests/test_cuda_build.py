@@ -18,6 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+HOPPER = ("linear_float8_kernel", "linear_kernel")
+"""Empty on other architectures."""
+
+
 @pytest.fixture(scope="module")
 def report() -> list[dict[str, Any]]:
     return cuda_checks.compile_report()
@@ -30,8 +34,8 @@ def name_of(kernel: dict[str, Any]) -> str:
 def test_every_kernel_for_every_architecture(report: list[dict[str, Any]]) -> None:
     names = {kernel["kernel"] for kernel in report}
     assert {name_of(kernel) for kernel in report} == set(cuda_checks.THREADS)
-    # residual_norm: 4 pairs of types by 3 shapes; tokenize: 2 types by 2 precisions.
-    assert len(names) == 12 + 4 + 1 + 1
+    # residual_norm: 4 pairs of types by 3 shapes; tokenize: 2 types by 2 precisions; linear: 3 epilogues.
+    assert len(names) == 12 + 4 + 3 + 1 + 1
     assert {(k["kernel"], k["arch"]) for k in report} == {
         (name, f"sm_{arch}") for name in names for arch in cuda_checks.ARCHITECTURES
     }
@@ -81,9 +85,11 @@ def test_shared_memory_fits(report: list[dict[str, Any]]) -> None:
         "tokenize_kernel": tokenize,
         "ingest_kernel": 8 * ingest.SHARED_VALUES,
         "linear_float8_kernel": linear,
+        # csrc/cuda/linear.cu: 5 stages of 128 and 192 lines of 128 bytes, and 12 barriers.
+        "linear_kernel": 5 * 128 * (128 + 192) + 8 * 3072 + 12 * 8,
     }
     for kernel in report:
-        if kernel["kernel"] == "linear_float8_kernel" and kernel["arch"] != "sm_90a":
+        if name_of(kernel) in HOPPER and kernel["arch"] != "sm_90a":
             continue  # empty: it is for Hopper alone
         used = kernel["shared"] + dynamic.get(name_of(kernel), 0)
         assert used <= cuda_checks.SHARED_LIMIT[kernel["arch"]], kernel["kernel"]
@@ -100,7 +106,12 @@ def test_loads_are_wide_and_products_on_tensor_cores(report: list[dict[str, Any]
             # Two tiles a round, six steps each, four products a step.
             products = sum(n for name, n in counts.items() if name.startswith("QGMMA"))
             assert products == (48 if kernel["arch"] == "sm_90a" else 0)
-        if kernel["kernel"] != "linear_float8_kernel" or kernel["arch"] == "sm_90a":
+        if name_of(kernel) == "linear_kernel":
+            # A step's eight, of 16 or 32 values.
+            kind = "QGMMA" if kernel["kernel"].endswith("Li2E") else "HGMMA"
+            products = sum(n for name, n in counts.items() if name.startswith(kind))
+            assert products == (8 if kernel["arch"] == "sm_90a" else 0)
+        if name_of(kernel) not in HOPPER or kernel["arch"] == "sm_90a":
             assert counts, kernel["kernel"]
         assert not any(name.startswith(("LDL", "STL")) for name in counts), kernel["kernel"]
         wide = sum(n for name, n in counts.items() if name.startswith("LDG") and ".128" in name)

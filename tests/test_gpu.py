@@ -23,6 +23,7 @@ from normwear_fast.folding import fold
 from normwear_fast.gpu import GpuEncoder, mlp_table, scaled_product
 from normwear_fast.kernels import tuning
 from normwear_fast.linear_float8 import FLOAT8_MAX, linear_float8_ref, quantise_columns
+from normwear_fast.linear_hopper import linear_ref
 from normwear_fast.packing import Layout, Segments, segment_tiles
 from normwear_fast.reference import ReferenceNormWear
 
@@ -404,6 +405,40 @@ def test_float8_with_its_activation_in_the_product(pool, monkeypatch):
     errors = [float((out - exact).norm() / exact.norm()) for out in (apart, got)]
     assert errors[1] < 0.1
     assert errors[1] < 1.3 * errors[0]
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_the_layers_with_hoppers_products(precision, pool, monkeypatch):
+    """`linear`'s definition in the layers, for as many rows as it is the faster for."""
+    monkeypatch.setattr("normwear_fast.gpu.LINEAR_ROWS", 40)
+    calls = []
+
+    def defined(x, weight, bias=None, *, scales=None, gelu=False, out):
+        calls.append((len(weight), bias is not None, gelu))
+        return out.copy_(linear_ref(x, weight, bias, scales=scales, gelu=gelu))
+
+    config = dataclasses.replace(SMALL, depth=2, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    for value in model.parameters():
+        if value.ndim == 1:
+            value += 0.1 * torch.randn(len(value))
+    triton = select_backend("triton", CPU)
+    layout = Layout([(2, 40), (1, 23)], "conv", config, CPU)
+    series = torch.randn(layout.samples.total)
+    apart = encoder_of(model, precision, triton).run(series, layout, pool)
+    ops = dataclasses.replace(triton, linear=defined)
+    got = encoder_of(model, precision, ops).run(series, layout, pool)
+    width, hidden = config.embed_dim, config.hidden_dim
+    qkv, fc1 = (3 * width, True, False), (hidden, True, True)
+    layer = [qkv] if precision == "fp8" else [qkv, fc1]
+    assert calls == [*layer, *(layer if pool == "mean" else [(2 * width, False, False)])]
+    size = float(apart.norm())
+    assert float((got - apart).norm()) / size < (0.02 if precision == "bfloat16" else 0.1)
+    exact = encoder_of(model, "float32", ops).run(series, layout, pool)
+    assert len(calls) == 2 * len(layer) - (pool == "cls") * (len(layer) - 1)  # float32 makes none
+    errors = [float((out - exact).norm()) for out in (apart, got)]
+    assert errors[1] < 1.3 * errors[0] + 1e-3 * size
 
 
 def test_the_fused_mlp_beside_the_other(narrow, monkeypatch):

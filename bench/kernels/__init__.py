@@ -16,7 +16,7 @@ from typing import Any
 from normwear_fast.kernels.tuning import Table
 
 SEQUENCES, TOKENS, WIDTH, HEADS = 234, 560, 768, 12
-"""The judged micro-batch: 234 channels of 6 s in the released model, 131,040 rows."""
+"""Half a full micro-batch: 234 channels of 6 s in the released model, 131,040 rows."""
 
 Check = Callable[[], dict[str, float]]
 """Runs a kernel twice into poisoned outputs; gives error, bound and stable (1: the same bits twice)."""

@@ -115,7 +115,29 @@ void bind(py::module_& m) {
         },
         py::arg("fields"), py::arg("stream"));
 
-    m.def("cuda_linear_float8_runs", &linear_float8_runs);
+    m.def(
+        "cuda_linear",
+        [](const py::dict& fields, std::uintptr_t stream) {
+            Linear call;
+            Fields(fields)
+                .take("x", call.x)
+                .take("weight", call.weight)
+                .take("bias", call.bias)
+                .take("x_scale", call.x_scale)
+                .take("scale", call.scale)
+                .take("out", call.out)
+                .take("rows", call.rows)
+                .take("columns", call.columns)
+                .take("inner", call.inner)
+                .take("epilogue", call.epilogue)
+                .take("bias_type", call.bias_type)
+                .take("blocks", call.blocks)
+                .end();
+            launch(linear, call, stream);
+        },
+        py::arg("fields"), py::arg("stream"));
+
+    m.def("cuda_hopper_runs", &hopper_runs);
 
     m.def("cuda_ingest_runs", &ingest_runs);
 

@@ -58,6 +58,33 @@ __device__ __forceinline__ void expect_bytes(std::uint64_t* barrier, int bytes) 
                  : "memory");
 }
 
+// The same barrier of another thread block of the cluster; it may have gone further meanwhile, and then
+// this waits for nothing.
+__device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier, int block) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(address(barrier)),
+        "r"(block)
+        : "memory");
+}
+
+// All threads of the cluster have come this far, and what they wrote can be seen.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;\n" ::
+            : "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
 // The map's tile at a byte of its lines and at a line on its way; the barrier counts its bytes.
 __device__ __forceinline__ void fetch(void* to, const CUtensorMap* map, int byte, int line,
                                       std::uint64_t* barrier) {
@@ -65,6 +92,18 @@ __device__ __forceinline__ void fetch(void* to, const CUtensorMap* map, int byte
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%2, %3}], [%4];" ::"r"(address(to)),
         "l"(reinterpret_cast<std::uint64_t>(map)), "r"(byte), "r"(line), "r"(address(barrier))
+        : "memory");
+}
+
+// A tile of `line_map`'s on its way to the same place of both thread blocks of a pair, each of whose same
+// barrier counts its bytes.
+__device__ __forceinline__ void fetch_for_both(void* to, const CUtensorMap* map, int byte, int group,
+                                               std::uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %3, %3, %4}], [%5], %6;" ::"r"(address(to)),
+        "l"(reinterpret_cast<std::uint64_t>(map)), "r"(byte), "r"(0), "r"(group), "r"(address(barrier)),
+        "h"(static_cast<std::uint16_t>(3))
         : "memory");
 }
 
@@ -81,25 +120,29 @@ __device__ __forceinline__ std::uint64_t descriptor(const void* tile) {
     NORMWEAR_16(a, 0), NORMWEAR_16(a, 16), NORMWEAR_16(a, 32), NORMWEAR_16(a, 48), \
         NORMWEAR_16(a, 64), NORMWEAR_16(a, 80)
 
-// 64 rows by 192 columns by 32 values of float8; `add` false starts from zero.
-__device__ __forceinline__ void multiply_float8(Accumulator& c, std::uint64_t a, std::uint64_t b,
-                                                bool add) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-        "%96, %97, p, 1, 1;\n"
-        "}\n"
-        : NORMWEAR_96(c.v)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+// 64 rows by 192 columns by 32 bytes of K; `add` false starts from zero.
+#define NORMWEAR_MULTIPLY(name, kind, options)                                              \
+    __device__ __forceinline__ void name(Accumulator& c, std::uint64_t a, std::uint64_t b,  \
+                                         bool add) {                                        \
+        asm volatile(                                                                       \
+            "{\n"                                                                           \
+            ".reg .pred p;\n"                                                               \
+            "setp.ne.b32 p, %98, 0;\n"                                                      \
+            "wgmma.mma_async.sync.aligned." kind " {"                                       \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "        \
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "   \
+            "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "   \
+            "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "   \
+            "%61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, "   \
+            "%76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "   \
+            "%91, %92, %93, %94, %95}, %96, %97, p, " options ";\n"                         \
+            "}\n"                                                                           \
+            : NORMWEAR_96(c.v)                                                              \
+            : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                  \
+    }
+
+NORMWEAR_MULTIPLY(multiply_float8, "m64n192k32.f32.e4m3.e4m3", "1, 1")
+NORMWEAR_MULTIPLY(multiply_bfloat16, "m64n192k16.f32.bf16.bf16", "1, 1, 0, 0")
 
 __device__ __forceinline__ void products_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -134,6 +177,12 @@ struct Place {
             round ^= 1;
         }
     }
+
+    __device__ __forceinline__ void skip(int steps) {
+        stage += steps;
+        round = (round + stage / Stages) & 1;
+        stage %= Stages;
+    }
 };
 
 #endif
@@ -165,6 +214,27 @@ inline CUtensorMap tensor_map(const void* matrix, std::int64_t line_bytes, std::
     const cuuint32_t each[] = {1, 1};
     const CUresult result = tensor_map_encoder()(
         &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides, box, each,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+        throw std::runtime_error("CUDA tensor map: error " + std::to_string(result));
+    }
+    return map;
+}
+
+// The same of a weight's lines, in groups of 32: tiles of so many groups, in which a line stands where a
+// lane of the tensor cores will hold what comes of it. Of a group, line 8 q + 2 j + e comes to 8 j + 2 q + e,
+// so that the 8 columns of lane q are neighbours.
+inline CUtensorMap line_map(const void* matrix, std::int64_t line_bytes, std::int64_t lines,
+                            unsigned tile_groups) {
+    CUtensorMap map;
+    const auto line = static_cast<cuuint64_t>(line_bytes);
+    const cuuint64_t sizes[] = {line, 2, 4, 4, static_cast<cuuint64_t>(lines / 32)};
+    const cuuint64_t strides[] = {line, 8 * line, 2 * line, 32 * line};
+    const cuuint32_t box[] = {step_bytes, 2, 4, 4, tile_groups};
+    const cuuint32_t each[] = {1, 1, 1, 1, 1};
+    const CUresult result = tensor_map_encoder()(
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 5, const_cast<void*>(matrix), sizes, strides, box, each,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {

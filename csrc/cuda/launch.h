@@ -91,6 +91,25 @@ constexpr int linear_float8_columns = 3072;
 // Of 32 columns of the result the i-th is this one of the product: a lane's 8 stand side by side.
 constexpr int linear_float8_order(int i) { return i % 8 / 2 * 8 + i / 8 * 2 + i % 2; }
 
+// x weight^T + bias as bfloat16, or GELU of it. sm_90a only.
+struct Linear {
+    const void* x;         // (rows, inner) bfloat16; e4m3 for linear_scaled
+    const void* weight;    // (columns, inner) likewise
+    const void* bias;      // (columns), bias_type: float32 or bfloat16; or null
+    const float* x_scale;  // (rows), of linear_scaled: x stands for x_scale x
+    const float* scale;    // (columns), of linear_scaled: a row of `weight` stands for scale times it
+    void* out;             // (rows, columns) bfloat16
+    std::int64_t rows;     // up to 2^30
+    int columns;           // a multiple of 192, at most linear_columns
+    int inner;             // a multiple of 64; of 128 for linear_scaled
+    int epilogue;
+    int bias_type;
+    int blocks;            // thread blocks at most, 2 or more: the device's multiprocessors
+};
+
+constexpr int linear_columns = 3072;
+constexpr int linear_bias = 0, linear_gelu = 1, linear_scaled = 2;  // scaled: of float8, with a bias
+
 constexpr int flag_flat = 1;       // does not vary
 constexpr int flag_empty = 2;      // no valid sample: NaN
 constexpr int flag_too_large = 4;  // beyond float32
@@ -114,11 +133,12 @@ void residual_norm(const ResidualNorm& call, std::uintptr_t stream);
 void tokenize(const Tokenize& call, std::uintptr_t stream);
 void ingest(const Ingest& call, std::uintptr_t stream);
 void linear_float8(const LinearFloat8& call, std::uintptr_t stream);
+void linear(const Linear& call, std::uintptr_t stream);
 
 // Whether the driver is new enough for the runtime this is linked to, and the current device has code.
 bool ingest_runs();
 
 // Whether the driver is new enough for the runtime this is linked to, and makes tensor maps.
-bool linear_float8_runs();
+bool hopper_runs();
 
 }  // namespace normwear::cuda

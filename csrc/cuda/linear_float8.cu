@@ -15,7 +15,7 @@
 
 #include "hopper.cuh"
 #include "launch.h"
-#include "linear_float8.cuh"
+#include "linear.cuh"
 
 namespace normwear::cuda {
 
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(threads, 1)
 
 }  // namespace
 
-bool linear_float8_runs() {
+bool hopper_runs() {
     int devices;
     if (cudaGetDeviceCount(&devices) != cudaSuccess) {
         cudaGetLastError();  // it is told, not kept for the next call

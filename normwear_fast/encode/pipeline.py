@@ -202,7 +202,10 @@ def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings
     """The settings with the device's micro-batch and unit sizes where they say none."""
     from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES
 
-    batch = settings.batch_tokens or BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
+    batch = BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
+    if settings.pool == "patch" and settings.unit_tokens is None:
+        batch = min(batch, PATCH_UNIT_TOKENS)
+    batch = settings.batch_tokens or batch
     unit = settings.unit_tokens or UNIT_BATCHES * batch
     if settings.unit_tokens is None and settings.pool == "patch":
         unit = min(unit, max(batch, PATCH_UNIT_TOKENS))

@@ -241,7 +241,7 @@ def test_patches_keep_channels_and_bounded_units() -> None:
         EncodeSettings(pool="patch", channel_pool="mean")
     large = default_tokens(EncodeSettings(pool="patch"), "cuda")
     assert large.unit_tokens == large.batch_tokens == 131_072
-    assert default_tokens(EncodeSettings(), "cuda").unit_tokens == 8 * 131_072
+    assert default_tokens(EncodeSettings(), "cuda").unit_tokens == 8 * 262_144
 
 
 def test_values_that_float16_cannot_hold_are_skipped(cohort: Path, tmp_path: Path) -> None:
