@@ -1,10 +1,11 @@
 """qkv and fc1 on a Hopper GPU, with bias and activation: the definition and the kernel's call.
 
 Triton ends a tile before it begins the next: its sums get their bias and GELU, are rounded and stored,
-while the tensor cores wait. With 768 values to a sum that is a fifth of fc1's time. In csrc/cuda/linear.cu
-two warpgroups take turns, and none of it is waited for. 131,072 rows, kept up for 0.2 s on an H100
-(2026-11-26): qkv 685 us, the vendor's product 775; fc1 990, Triton's 1,144; qkv of float8 417, the vendor's
-507. Not so proj and fc2, which add to the residual: 298 and 1,016 us, the vendor's 284 and 901.
+while the tensor cores wait. With 768 values to a sum that is a fifth of fc1's time. In
+csrc/cuda/linear.cu two warpgroups take turns, and none of it is waited for. 131,072 rows, kept up for
+0.2 s on an H100 (2026-11-26): qkv 685 us, the vendor's product 775; fc1 990, Triton's 1,144; qkv of
+float8 417, the vendor's 507. Not so proj and fc2, which add to the residual: 298 and 1,016 us, the
+vendor's 284 and 901.
 """
 
 from __future__ import annotations

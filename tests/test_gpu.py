@@ -490,10 +490,10 @@ def test_the_fused_mlp_is_the_default_where_it_was_measured(architecture, fused)
 )
 def test_widths_the_fused_mlp_cannot_take(sizes, fused, monkeypatch):
     """Rows of 72 bytes: no tensor memory accelerator takes them."""
+    ops = select_backend("triton", CPU)  # the kernels' modules take `pick` when they are imported
     monkeypatch.setattr(tuning, "pick", lambda *_: tuning.Choice({"FUSED": 1}))
     config = dataclasses.replace(SMALL, depth=1, decoder_depth=0, **sizes)
     model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
-    ops = select_backend("triton", CPU)
     encoder = GpuEncoder(fold(model, torch.bfloat16), config, "bfloat16", ops)
     assert encoder.mlp == {"FUSED": fused}
 

@@ -524,5 +524,5 @@ def test_the_command_without_a_gpu(tmp_path, capsys, monkeypatch) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["device"] is None
     assert found["wrong"] == []
-    assert len(found["compiled"]) in (0, 54)  # without and with nvcc
+    assert len(found["compiled"]) in (0, 63)  # without and with nvcc
     assert {kernel["target"] for kernel in found["triton"]} == {"sm_90"}
