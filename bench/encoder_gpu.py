@@ -226,7 +226,7 @@ def goldens(bench: Bench) -> list[dict[str, Any]]:
 def repetition(bench: Bench) -> list[dict[str, Any]]:
     """Races show as bits that change: a ragged mix again and again, with other windows between."""
     found = []
-    tokens = max(1, bench.sizes.sequences // 4) * bench.tokens
+    tokens = max(1, bench.sizes.sequences // 8) * bench.tokens
     windows, others = bench.mix(tokens), [bench.mix(tokens // 2) for _ in range(3)]
 
     def repeated(precision: str, pool: Pool) -> dict[str, Any]:
