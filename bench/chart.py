@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 
@@ -40,5 +40,7 @@ def draw(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(draw(Path(name)))
+    parser = argparse.ArgumentParser(prog="python -m bench.chart", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, help="result files with a table of rows")
+    for path in parser.parse_args().results:
+        print(draw(path))

@@ -515,6 +515,7 @@ def timings() -> list[dict[str, Any]]:
 
 def _linear_timings(kind: str, columns: int) -> list[dict[str, Any]]:
     """`linear` at a layer's shape beside what it took the place of."""
+    from bench.kernels.measure import sustained
     from normwear_fast.gpu import scaled_product
     from normwear_fast.kernels.linear_gelu import linear_gelu
 
@@ -530,6 +531,9 @@ def _linear_timings(kind: str, columns: int) -> list[dict[str, Any]]:
         ),
     }
     taken = _seconds(lambda: linear_hopper.linear(**given, out=out))
+    kept_up = sustained(
+        {"linear": lambda: linear_hopper.linear(**given, out=out), "before": before[kind]}, x.device
+    )
     flops = 2.0 * rows * columns * INNER
     return [
         {
@@ -537,6 +541,8 @@ def _linear_timings(kind: str, columns: int) -> list[dict[str, Any]]:
             "seconds": taken,
             "flops_per_s": flops / taken,
             "over_baseline": _seconds(before[kind]) / taken,
+            "sustained_seconds": kept_up["linear"],
+            "sustained_over_baseline": kept_up["before"] / kept_up["linear"],
         }
     ]
 

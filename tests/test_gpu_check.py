@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench import chart, devices, encoder_gpu, gpu_check, kernel_report, power
 from bench.kernels import measure
+from bench.kernels.measure import sustained
 from normwear_fast import NormWearConfig, backends, operators
 from normwear_fast.gpu import GpuEncoder
 from normwear_fast.kernels import bias_gelu, tuning
@@ -514,6 +515,15 @@ def test_result_names() -> None:
     name = gpu_check.default_output("NVIDIA H100 80GB HBM3", "2026-01-02").name
     assert name == "nvidia-h100-80gb-hbm3-2026-01-02.json"
     assert gpu_check.default_output(None, "2026-01-02").parent.name == "build"
+
+
+def test_what_is_kept_up_is_timed_in_turn() -> None:
+    calls: list[str] = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    taken = sustained(runs, torch.device("cpu"), rounds=2, settle=0, measure=0)
+    assert set(taken) == {"a", "b"}
+    assert all(value > 0 for value in taken.values())
+    assert calls[-4:] == ["a", "b", "b", "a"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -51,19 +52,52 @@ def seconds(run: Callable[[], object], device: torch.device, rounds: int = 20) -
         run()
     taken = []
     for _ in range(rounds):
-        if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            run_ahead(device)
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            taken.append(start.elapsed_time(stop) / 1e3)
-        else:
-            began = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - began)
+        run_ahead(device)
+        taken.append(_elapsed(run, device))
     return float(np.median(taken))
+
+
+SETTLE, MEASURE = 0.1, 0.15
+"""Seconds that a run is repeated before its rate counts, and while: by then a GPU's clock is what its
+power allows. After a pause it is higher, and the way that draws the most gains the most."""
+
+
+def sustained(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 3,
+    settle: float = SETTLE,
+    measure: float = MEASURE,
+) -> dict[str, float]:
+    """Seconds of each, one after another without a pause: medians of rounds, taken in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    once = {name: seconds(run, device, 3) for name, run in runs.items()}
+    for i in range(rounds):
+        for name in list(runs) if i % 2 == 0 else list(runs)[::-1]:
+            for _ in range(math.ceil(settle / once[name])):
+                runs[name]()
+            count = max(1, math.ceil(measure / once[name]))
+
+            def many(run: Callable[[], object] = runs[name], count: int = count) -> None:
+                for _ in range(count):
+                    run()
+
+            taken[name].append(_elapsed(many, device) / count)
+    return {name: float(np.median(found)) for name, found in taken.items()}
+
+
+def _elapsed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
