@@ -27,10 +27,33 @@ from normwear_fast.wavelets import ScalogramMethod
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8", "int8")
 
-BATCH_TOKENS = {"cpu": 3_360, "cuda": 262_144}
-"""Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 468 on a
-GPU, 4.0 GB of activations in bfloat16. With half as many every launch's last round of tiles, and what
-windows of several channels leave of the budget, cost an H200 2 to 3 % (2026-11-26)."""
+BATCH_TOKENS = {"cpu": 3_360, "cuda": 131_072}
+"""Tokens of a micro-batch: six 6 s channels on a CPU, where GEMMs reach their rate already; 234 on a
+GPU, 2.0 GB of activations in bfloat16."""
+
+LARGE_MEMORY, LARGE_BATCH_TOKENS = 24 * 10**9, 262_144
+"""GPUs with so many bytes take twice as many tokens, 4.0 GB in bfloat16 and 8.0 in float32: with half of
+that every launch's last round of tiles, and what windows of several channels leave of a budget, cost an
+H200 2 to 3 % (2026-11-26)."""
+
+
+def default_batch_tokens(device_type: str) -> int:
+    """Tokens of a micro-batch where none are given: of all GPUs here what the smallest takes.
+
+    The same whichever of them a model is on, so that work units and their bits are.
+    """
+    tokens = BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
+    if device_type == "cuda" and _smallest_gpu() >= LARGE_MEMORY:
+        return LARGE_BATCH_TOKENS
+    return tokens
+
+
+@lru_cache(maxsize=1)
+def _smallest_gpu() -> int:
+    """Bytes of memory; 0 where torch sees no GPU."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return min((torch.cuda.get_device_properties(i).total_memory for i in gpus), default=0)
+
 
 UNIT_BATCHES = 8
 """Full micro-batches of a work unit: a last, partly filled one then costs at most an eighth."""

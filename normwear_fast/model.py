@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from normwear_fast import traced
 from normwear_fast.backends import select_backend
 from normwear_fast.config import MIN_SAMPLES, SAMPLING_RATE, NormWearConfig, check_config
-from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES, Engine, resolve_precision
+from normwear_fast.engine import UNIT_BATCHES, Engine, default_batch_tokens, resolve_precision
 from normwear_fast.errors import InputError, UsageError
 from normwear_fast.folding import FoldedEncoder, NotPlainError, check_plain, fold
 from normwear_fast.inputs import (
@@ -222,7 +222,7 @@ class FastNormWear(ReferenceNormWear):
 
     def batch_tokens_default(self, device: torch.device | None = None) -> int:
         """Tokens of a micro-batch where none are given, for the device's type."""
-        return BATCH_TOKENS.get((device or self.device).type, BATCH_TOKENS["cpu"])
+        return default_batch_tokens((device or self.device).type)
 
     def provenance(self) -> dict[str, Any]:
         """What decides the numbers of an output, for its manifest.

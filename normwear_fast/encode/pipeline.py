@@ -200,9 +200,9 @@ class Engine(Protocol):
 
 def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings:
     """The settings with the device's micro-batch and unit sizes where they say none."""
-    from normwear_fast.engine import BATCH_TOKENS, UNIT_BATCHES
+    from normwear_fast.engine import UNIT_BATCHES, default_batch_tokens
 
-    batch = BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"])
+    batch = default_batch_tokens(device_type)
     if settings.pool == "patch" and settings.unit_tokens is None:
         batch = min(batch, PATCH_UNIT_TOKENS)
     batch = settings.batch_tokens or batch

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from encode_runs import PATCH, SETTINGS, content, make_cohort, models, run
 
+from normwear_fast import engine
 from normwear_fast.encode import load_embeddings, read_window_list
 from normwear_fast.encode.output import PATCHES
 from normwear_fast.encode.patches import STATUSES, group_path
@@ -236,12 +237,15 @@ def test_a_recording_above_another_keeps_its_group(tmp_path: Path) -> None:
         assert opened(tmp_path / "out", name).attrs["recording"] == name
 
 
-def test_patches_keep_channels_and_bounded_units() -> None:
+def test_patches_keep_channels_and_bounded_units(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="channel_pool 'mean' pools what pool 'patch' keeps"):
         EncodeSettings(pool="patch", channel_pool="mean")
-    large = default_tokens(EncodeSettings(pool="patch"), "cuda")
-    assert large.unit_tokens == large.batch_tokens == 131_072
-    assert default_tokens(EncodeSettings(), "cuda").unit_tokens == 8 * 262_144
+    for memory, tokens in ((0, 131_072), (16 * 2**30, 131_072), (24 * 2**30, 262_144)):
+        monkeypatch.setattr(engine, "_smallest_gpu", lambda memory=memory: memory)
+        assert default_tokens(EncodeSettings(), "cuda").unit_tokens == 8 * tokens
+        large = default_tokens(EncodeSettings(pool="patch"), "cuda")
+        assert large.unit_tokens == large.batch_tokens == 131_072
+        assert default_tokens(EncodeSettings(), "cpu").batch_tokens == 3_360
 
 
 def test_values_that_float16_cannot_hold_are_skipped(cohort: Path, tmp_path: Path) -> None:
