@@ -628,6 +628,7 @@ def test_linear_float8_is_for_hopper(
         (768, 3072, True),
         (384, 1536, True),
         (512, 2048, False),
+        (128, 576, False),
         (768, 3000, False),
         (1152, 4608, False),
     ],

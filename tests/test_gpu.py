@@ -14,10 +14,10 @@ from helpers import golden, golden_config, golden_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normwear_fast import FastNormWear, NormWearConfig
+from normwear_fast import FastNormWear, NormWearConfig, engine, linear_float8, linear_hopper
 from normwear_fast.backends import TORCH, select_backend
 from normwear_fast.buckets import FixedLayout, FixedSegments, bucket_rows, table_size
-from normwear_fast.engine import Engine, exact_products
+from normwear_fast.engine import Engine, default_batch_tokens, exact_products
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import fold
 from normwear_fast.gpu import GpuEncoder, mlp_table, scaled_product
@@ -439,6 +439,41 @@ def test_the_layers_with_hoppers_products(precision, pool, monkeypatch):
     assert len(calls) == 2 * len(layer) - (pool == "cls") * (len(layer) - 1)  # float32 makes none
     errors = [float((out - exact).norm()) for out in (apart, got)]
     assert errors[1] < 1.3 * errors[0] + 1e-3 * size
+
+
+@pytest.mark.parametrize(
+    "there", [(), ("linear",), ("linear_float8",), ("linear", "linear_float8")]
+)
+def test_hoppers_products_are_taken_where_they_run(there, monkeypatch):
+    for name, module in (("linear", linear_hopper), ("linear_float8", linear_float8)):
+        monkeypatch.setattr(module, "fits", lambda *_, taken=name in there: taken)
+    monkeypatch.setattr(linear_hopper, "runs", lambda device: bool(there))
+    config = dataclasses.replace(SMALL, depth=1, decoder_depth=0)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    backend = select_backend("triton", CPU)
+    ops = backend.encoder(fold(model, torch.bfloat16), config, "bfloat16").ops
+    assert ops.linear is (linear_hopper.linear if "linear" in there else None)
+    assert ops.linear_float8 is (linear_float8.linear_float8 if "linear_float8" in there else None)
+    assert backend.versions(CPU)["hopper"] is bool(there)
+
+
+def test_the_smallest_gpu_decides_how_many_tokens_there_are(monkeypatch):
+    memory = [80 * 10**9, 16 * 10**9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=memory[i])
+    )
+    engine._smallest_gpu.cache_clear()
+    try:
+        assert engine._smallest_gpu() == 16 * 10**9
+        assert default_batch_tokens("cuda") == 131_072
+        memory.pop()
+        engine._smallest_gpu.cache_clear()
+        assert default_batch_tokens("cuda") == 262_144
+        assert default_batch_tokens("cpu") == default_batch_tokens("mps") == 3_360
+    finally:
+        engine._smallest_gpu.cache_clear()
 
 
 def test_the_fused_mlp_beside_the_other(narrow, monkeypatch):
