@@ -181,6 +181,9 @@ def _instructions(target: Path) -> dict[tuple[str, str], dict[str, int]]:
 # --- On a GPU ---------------------------------------------------------------------------------------
 
 Check = Callable[[], dict[str, float]]
+
+GUARD = 256
+"""Rows past the result that must stay as they were: a pair of tiles, any part of which may be beyond."""
 """Runs a kernel twice into poisoned outputs; gives error, bound and stable (1: the same bits twice)."""
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -204,10 +207,20 @@ def checks() -> list[tuple[str, Check]]:
         found.append(("linear_float8 is taken", _taken_check(linear_float8.fits)))
         found.append(("linear is taken", _taken_check(linear_hopper.fits)))
         for kind in ("bias", "gelu", "scaled"):
-            for columns, inner in ((192, 128), (1536, 768), (2304, 768), (3072, 768), (768, 3072)):
+            # Steps of K by the ring's five stages: fewer, as many, a multiple, and not.
+            for columns, inner in (
+                (192, 128),
+                (192, 256),
+                (384, 640),
+                (1536, 768),
+                (2304, 768),
+                (3072, 768),
+                (768, 3072),
+            ):
                 for rows in (1, 129, 258, 4_099, 30_001):
                     name = f"linear {kind} {rows} rows, {inner} to {columns}"
                     found.append((name, _linear_check(kind, rows, inner, columns)))
+            found.append((f"linear {kind} again and again", _again_check(kind)))
         for columns in (384, 3072):
             for rows in (1, 127, 128, 129, 560, 4099, 70_001):
                 name = f"{rows} rows to {columns}"
@@ -221,7 +234,7 @@ def checks() -> list[tuple[str, Check]]:
 
 
 def _hopper() -> bool:
-    """Where `linear_float8` must run."""
+    """Where `linear` and `linear_float8` must run."""
     return torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -236,14 +249,36 @@ def _taken_check(fits: Callable[..., bool]) -> Check:
 
 
 def _linear_operands(kind: str, rows: int, inner: int, columns: int) -> dict[str, Any]:
+    """With a bias as the layers have it (qkv's bfloat16, fc1's float32) or, for some rows, none; of the
+    weight's rows those after the first 192, as keys and values are of qkv's."""
     x = torch.randn(rows, inner, device="cuda")
-    weight = torch.randn(columns, inner, device="cuda") / inner**0.5
+    weight = torch.randn(192 + columns, inner, device="cuda") / inner**0.5
     bias = torch.randn(columns, device="cuda")
+    given: dict[str, Any] = {"bias": None if rows in (129, 4_099) else bias}
+    if kind != "gelu" and rows > 1 and given["bias"] is not None:
+        given["bias"] = bias.bfloat16()
     if kind == "scaled":
         (x, x_scale), (weight, scale) = map(linear_float8.quantise_columns, (x, weight))
-        return {"x": x, "weight": weight, "bias": bias.bfloat16(), "scales": (x_scale, scale)}
-    operands = {"x": x.bfloat16(), "weight": weight.bfloat16(), "gelu": kind == "gelu"}
-    return {**operands, "bias": bias if kind == "gelu" or rows % 2 else None}
+        return {"x": x, "weight": weight[192:], "scales": (x_scale, scale[192:]), **given}
+    return {"x": x.bfloat16(), "weight": weight[192:].bfloat16(), "gelu": kind == "gelu", **given}
+
+
+def _again_check(kind: str) -> Check:
+    """The same bits 50 times, while copies on another stream disturb the timing of everything."""
+
+    def check() -> dict[str, float]:
+        given = _linear_operands(kind, 4_099, INNER, 2304)
+        first = linear_hopper.linear(**given)
+        beside, disturbed = torch.cuda.Stream(), torch.empty(2, 2**28, device="cuda")
+        changed = 0
+        for _ in range(50):
+            with torch.cuda.stream(beside):
+                disturbed[0].copy_(disturbed[1])
+            out = torch.full_like(first, torch.nan)
+            changed += not torch.equal(linear_hopper.linear(**given, out=out), first)
+        return {"error": float(changed), "bound": 0.0, "stable": float(not changed)}
+
+    return check
 
 
 def _linear_check(kind: str, rows: int, inner: int, columns: int) -> Check:
@@ -251,9 +286,9 @@ def _linear_check(kind: str, rows: int, inner: int, columns: int) -> Check:
         given = _linear_operands(kind, rows, inner, columns)
 
         def run() -> tuple[Tensor, ...]:
-            held = torch.full((rows + 1, columns), torch.nan, device="cuda").bfloat16()
+            held = torch.full((rows + GUARD, columns), torch.nan, device="cuda").bfloat16()
             linear_hopper.linear(**given, out=held[:rows])
-            if not bool(held[rows].isnan().all()):
+            if not bool(held[rows:].isnan().all()):
                 held[:] = torch.nan  # wrote past its rows
             return (held[:rows],)
 
@@ -335,9 +370,9 @@ def _linear_float8_check(rows: int, columns: int) -> Check:
         x, scale, linear = _float8_operands(rows, columns)
 
         def run() -> tuple[Tensor, ...]:
-            held = torch.full((rows + 1, columns), torch.nan, device="cuda").to(FLOAT8)
+            held = torch.full((rows + GUARD, columns), torch.nan, device="cuda").to(FLOAT8)
             linear_float8.linear_float8(x, scale, linear, out=held[:rows])
-            if not bool(held[rows].float().isnan().all()):
+            if not bool(held[rows:].float().isnan().all()):
                 held[:] = torch.nan  # wrote past its rows
             return (held[:rows],)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from normwear_fast.errors import InputError
 from normwear_fast.kernels.tuning import Choice, Table, multiprocessors, pick
 
 
@@ -174,11 +175,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
 
     Returns:
         ``out``, or a new tensor.
+
+    Raises:
+        InputError: a weight whose rows are not end to end.
     """
     rows, columns = len(x), len(weight)
     if x.dtype not in (torch.bfloat16, torch.float16):
         product = linear_gelu_ref(x, weight, bias)
         return product if out is None else out.copy_(product)
+    if not weight.is_contiguous():
+        raise InputError("linear_gelu: weight is not contiguous")
     if out is None:
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if rows == 0:

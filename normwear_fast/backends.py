@@ -35,7 +35,8 @@ class Backend:
     linear_float8: Callable[..., torch.Tensor] | None = None
     """The same of float8 operands, to float8, where the device has such a kernel."""
     linear: Callable[..., torch.Tensor] | None = None
-    """x weight^T + bias of bfloat16 or scaled float8 operands, or gelu of it, likewise."""
+    """x weight^T + bias, or gelu of it, of bfloat16 or scaled float8 operands as one kernel, where the
+    device has such a kernel."""
     encoder: Callable[..., Any] | None = None
     """Builds the layers with the backend's own products, from (folded, config, precision); None where
     the products are torch's."""

@@ -109,7 +109,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def _fold_block(block: Block, dtype: torch.dtype, constant_dtype: torch.dtype) -> FoldedBlock:
     def double(value: Tensor) -> Tensor:
-        return value.detach().double()
+        # Rows end to end, as kernels take them: a parameter assigned as a transpose is not.
+        return value.detach().double().contiguous()
 
     attention, mlp = block.attn, block.mlp
     width, heads = attention.proj.in_features, attention.num_heads

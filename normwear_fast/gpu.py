@@ -115,8 +115,8 @@ has been measured."""
 
 LINEAR_ROWS = 3_072
 """Fewer rows leave qkv and fc1 to the vendor on a Hopper GPU too: 1,792 take `linear` 19 and 21 us, the
-vendor 14 and, with `bias_gelu`, 22; 3,584 take it 25 and 34 us, the vendor 25 and 44 (an H100,
-2026-11-26)."""
+vendor 14 and, with `bias_gelu`, 22; 3,584 take it 25 and 34 us, the vendor 25 and 44; fp8's qkv
+14 for 11 and 18 for 19 (an H100, 2026-11-26)."""
 
 FUSED_ROWS = 8_192
 """Fewer rows take the vendor's fc1 and the activation after it, as one window's latency does: 1,792 rows
@@ -391,7 +391,7 @@ class GpuEncoder:
         self._mlp(x, block, norms[1], buffers)
 
     def _many(self, x: Tensor) -> bool:
-        """Whether ``ops.linear`` is the faster for so many rows, and the precision is one of its own."""
+        """Whether ``ops.linear`` is the faster for so many rows; float32 is not one of its precisions."""
         return len(x) >= LINEAR_ROWS and self.precision != "float32"
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

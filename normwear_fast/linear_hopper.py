@@ -40,7 +40,8 @@ def runs(device: torch.device) -> bool:
 
 def takes(columns: int, inner_bytes: int) -> bool:
     """Whether the kernel is written for products of these sizes."""
-    return columns % TILE_COLUMNS == 0 < columns <= MOST_COLUMNS and inner_bytes % STEP_BYTES == 0
+    steps = inner_bytes % STEP_BYTES == 0 < inner_bytes
+    return steps and columns % TILE_COLUMNS == 0 < columns <= MOST_COLUMNS
 
 
 def fits(device: torch.device, width: int, hidden: int) -> bool:
@@ -96,6 +97,8 @@ def linear(
     from normwear_fast.kernels.tuning import multiprocessors  # needs Triton; this module does not
 
     name, device, dtype = "linear", x.device, torch.bfloat16 if scales is None else FLOAT8
+    if x.ndim != 2:
+        raise InputError(f"{name}: x has shape {tuple(x.shape)}; it must be (rows, values)")
     (rows, inner), columns = x.shape, len(weight)
     if gelu and scales is not None:
         raise InputError(f"{name}: gelu is not made of scaled operands")

@@ -71,6 +71,15 @@ def test_registers_fit(report: list[dict[str, Any]]) -> None:
         assert given * threads <= 65_536, (kernel["kernel"], kernel["arch"])
 
 
+def test_what_warpgroups_give_others_take(report: list[dict[str, Any]]) -> None:
+    """setmaxnreg waits for registers until they are there: a compiler that launches Hopper's kernels with
+    fewer than the two warpgroups that multiply ask for would have them wait for ever."""
+    for kernel in report:
+        if name_of(kernel) in HOPPER and kernel["arch"] == "sm_90a":
+            threads = cuda_checks.THREADS[name_of(kernel)]
+            assert kernel["registers"] * threads >= 24 * 128 + 240 * 256, kernel["kernel"]
+
+
 def test_shared_memory_fits(report: list[dict[str, Any]]) -> None:
     longest = [
         cuda_backend.bank_tables((samples,), method, "mexh", 65)["span"]

@@ -423,11 +423,11 @@ def test_the_layers_with_hoppers_products(precision, pool, monkeypatch):
     for value in model.parameters():
         if value.ndim == 1:
             value += 0.1 * torch.randn(len(value))
-    triton = select_backend("triton", CPU)
+    others = TORCH if precision == "bfloat16" else select_backend("triton", CPU)
     layout = Layout([(2, 40), (1, 23)], "conv", config, CPU)
     series = torch.randn(layout.samples.total)
-    apart = encoder_of(model, precision, triton).run(series, layout, pool)
-    ops = dataclasses.replace(triton, linear=defined)
+    apart = encoder_of(model, precision, others).run(series, layout, pool)
+    ops = dataclasses.replace(others, linear=defined)
     got = encoder_of(model, precision, ops).run(series, layout, pool)
     width, hidden = config.embed_dim, config.hidden_dim
     qkv, fc1 = (3 * width, True, False), (hidden, True, True)
@@ -439,6 +439,41 @@ def test_the_layers_with_hoppers_products(precision, pool, monkeypatch):
     assert len(calls) == 2 * len(layer) - (pool == "cls") * (len(layer) - 1)  # float32 makes none
     errors = [float((out - exact).norm()) for out in (apart, got)]
     assert errors[1] < 1.3 * errors[0] + 1e-3 * size
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_hoppers_products_take_what_the_layers_give(precision, pool, monkeypatch):
+    """Shapes, dtypes and strides of every call, by the checks of `linear` itself; the launch alone is the
+    definition. With weights assigned as transposes, whose rows do not lie end to end."""
+    monkeypatch.setattr("normwear_fast.gpu.LINEAR_ROWS", 2)
+    calls = []
+
+    def launch(name, device, given):
+        calls.append(name)
+        scales = None if given["scale"] is None else (given["x_scale"], given["scale"])
+        gelu = given["epilogue"] == linear_hopper.GELU
+        exact = linear_ref(given["x"], given["weight"], given["bias"], scales=scales, gelu=gelu)
+        given["out"].copy_(exact)
+
+    monkeypatch.setattr("normwear_fast.cuda_backend.launch", launch)
+    config = dataclasses.replace(SMALL, embed_dim=384, num_heads=6, depth=2, decoder_depth=0)
+    assert linear_hopper.takes(config.hidden_dim, config.embed_dim)
+    model = ReferenceNormWear(config, decoder=False, seed=1).requires_grad_(False)
+    turned = {
+        name: value.T.contiguous().T if value.ndim == 2 else value
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(turned, assign=True)
+    layout = Layout([(2, 30), (1, 23)], "conv", config, CPU)
+    series = torch.randn(layout.samples.total)
+    others = TORCH if precision == "bfloat16" else select_backend("triton", CPU)
+    apart = encoder_of(model, precision, others).run(series, layout, pool)
+    ops = dataclasses.replace(others, linear=linear_hopper.linear)
+    got = encoder_of(model, precision, ops).run(series, layout, pool)
+    assert calls
+    most = 0.02 if precision == "bfloat16" else 0.1
+    assert float((got - apart).norm()) < most * float(apart.norm())
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ __device__ __forceinline__ void expect_bytes(std::uint64_t* barrier, int bytes) 
                  : "memory");
 }
 
-// The same barrier of another thread block of the cluster; it may have gone further meanwhile, and then
-// this waits for nothing.
+// At the same barrier of a thread block of the cluster. Not release.cluster, which waits for all that the
+// thread has stored (linear's fc1 took 1,507 us for 990): for those who only read what the barrier guards.
 __device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier, int block) {
     asm volatile(
         "{\n"

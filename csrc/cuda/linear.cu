@@ -1,14 +1,14 @@
 // linear: x weight^T + bias of bfloat16 or float8 operands, or GELU of it, as bfloat16. sm_90a.
 //
 // Two thread blocks of a cluster work on 256 rows by 192 columns: each on 128 rows, fetching half of the
-// weights for both. One warp has the copy engine fetch, a stage of 128 bytes of K at a time. Two warpgroups
-// have a tile of 128 by 192 each and take turns: while the tensor cores work for one, the other rounds and
-// stores what it has.
+// weights for both (TMA multicast). One warp has the copy engine (TMA) fetch, a stage of 128 bytes of K at a
+// time. Two warpgroups have a tile of 128 by 192 each and take turns ("ping-pong"): while the tensor cores
+// work for one, the other rounds and stores what it has, its epilogue.
 //
 // The numbers of fc1, 131,072 rows, 768 to 3,072, in bfloat16: 618 GFLOP, 0.63 ms at a nominal 989 TFLOP/s.
 // A step of 64 values is 768 clocks of products; meanwhile shared memory serves 64 KB to them and takes 40
-// from the copy engine, 139 bytes a clock where it has 128: 0.93 of the nominal rate at best. The L2 cache
-// sends 28 KB for those 40, a third less than without a cluster, which costs power. Bias, GELU and rounding
+// from the copy engine, 139 bytes a clock where it has 128: 0.92 of the nominal rate at best. The L2 cache
+// sends 28 KB for those 40, which without a cluster would be all of them and cost power. Bias, GELU and rounding
 // are some 2,700 issue slots a warp, beside 9,216 clocks of products. It takes 0.86 ms after a pause, as the
 // vendor's product alone, and 0.99 and 1.01 where an H100 and an H200 have to keep it up (2026-11-26): the
 // sums with a bias alone 0.91, so that GELU is 0.1 ms of power.
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int tile_rows = 128;
 constexpr int tile_columns = Accumulator::columns;
-constexpr int groups = tile_columns / 32;
+constexpr int strips = tile_columns / 32;  // of 32 columns: a lane has 8 side by side
 constexpr int stages = 5;
 constexpr int threads = 384;  // a producer's warpgroup and two that multiply
 constexpr int rows_bytes = tile_rows * step_bytes;
@@ -93,7 +93,7 @@ __device__ __forceinline__ int row_of(int i) { return i / 2 * 64 + i % 2 * 8; }
 
 // 32 columns of a tile that is done.
 template <int Epilogue>
-__device__ __forceinline__ void empty(const Accumulator& upper, const Accumulator& lower, int strip,
+__device__ __forceinline__ void finish(const Accumulator& upper, const Accumulator& lower, int strip,
                                       const Place8& place) {
     __nv_bfloat16* to = place.to + 32 * strip;
     float bias[8];
@@ -182,7 +182,7 @@ __global__ void NORMWEAR_PAIRED __launch_bounds__(threads, 1)
             Place<stages> place;
             for (int pair = first; pair < pairs; pair += clusters) {
                 const auto row = static_cast<int>(first_row(pair, across));
-                const int half = pair % across * groups + rank * (groups / 2);
+                const int half = pair % across * strips + rank * (strips / 2);
 #pragma unroll 1
                 for (int k = 0; k < work.steps; ++k) {
                     std::uint8_t* at = stages_at + place.stage * stage_bytes;
@@ -263,7 +263,7 @@ __global__ void NORMWEAR_PAIRED __launch_bounds__(threads, 1)
             }
         }
 #pragma unroll
-        for (int strip = 0; strip < groups; ++strip) empty<Epilogue>(upper, lower, strip, at);
+        for (int strip = 0; strip < strips; ++strip) finish<Epilogue>(upper, lower, strip, at);
     }
     cluster_sync();
 #endif
@@ -290,7 +290,7 @@ void run(const Linear& call, cudaStream_t stream) {
     linear_kernel<Epilogue>
         <<<static_cast<unsigned>(2 * clusters), threads, shared_bytes(call.columns), stream>>>(
             tensor_map(call.x, bytes, call.rows, tile_rows),
-            line_map(call.weight, bytes, call.columns, groups / 2), work);
+            line_map(call.weight, bytes, call.columns, strips / 2), work);
     check_launch("linear");
 }
 
@@ -299,9 +299,12 @@ void run(const Linear& call, cudaStream_t stream) {
 void linear(const Linear& call, std::uintptr_t stream) {
     if (call.rows == 0) return;
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    if (call.epilogue == linear_bias) run<linear_bias>(call, on);
-    if (call.epilogue == linear_gelu) run<linear_gelu>(call, on);
-    if (call.epilogue == linear_scaled) run<linear_scaled>(call, on);
+    switch (call.epilogue) {
+        case linear_bias: return run<linear_bias>(call, on);
+        case linear_gelu: return run<linear_gelu>(call, on);
+        case linear_scaled: return run<linear_scaled>(call, on);
+        default: throw std::runtime_error("CUDA linear: no such epilogue");
+    }
 }
 
 }  // namespace normwear::cuda

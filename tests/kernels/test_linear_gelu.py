@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from normwear_fast.errors import InputError
 from normwear_fast.kernels.linear_gelu import launch, linear_gelu, linear_gelu_ref
 from normwear_fast.kernels.tuning import Choice
 
@@ -57,3 +58,10 @@ def test_wide_types_run_plain(dtype):
     expected = linear_gelu_ref(x, weight, bias)
     assert torch.equal(linear_gelu(x, weight, bias), expected)
     assert torch.equal(linear_gelu(x, weight, bias, out=torch.empty_like(expected)), expected)
+
+
+def test_a_weight_whose_rows_are_not_end_to_end():
+    with pytest.raises(InputError, match="linear_gelu: weight is not contiguous"):
+        linear_gelu(
+            torch.zeros(3, 32).bfloat16(), torch.zeros(32, 48).bfloat16().T, torch.zeros(48)
+        )
