@@ -276,6 +276,7 @@ def _again_check(kind: str) -> Check:
                 disturbed[0].copy_(disturbed[1])
             out = torch.full_like(first, torch.nan)
             changed += not torch.equal(linear_hopper.linear(**given, out=out), first)
+        beside.synchronize()  # its copies are done before their memory is anyone else's
         return {"error": float(changed), "bound": 0.0, "stable": float(not changed)}
 
     return check
