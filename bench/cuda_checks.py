@@ -181,10 +181,10 @@ def _instructions(target: Path) -> dict[tuple[str, str], dict[str, int]]:
 # --- On a GPU ---------------------------------------------------------------------------------------
 
 Check = Callable[[], dict[str, float]]
+"""Runs a kernel twice into poisoned outputs; gives error, bound and stable (1: the same bits twice)."""
 
 GUARD = 256
 """Rows past the result that must stay as they were: a pair of tiles, any part of which may be beyond."""
-"""Runs a kernel twice into poisoned outputs; gives error, bound and stable (1: the same bits twice)."""
 
 FLOATS = (torch.float32, torch.bfloat16)
 
