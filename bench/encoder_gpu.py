@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.kernels import SEQUENCES, linear_gelu
-from bench.kernels.measure import AHEAD, copy_bandwidth, run_ahead, seconds
+from bench.kernels.measure import AHEAD, copy_bandwidth, run_ahead, seconds, sustained
 from bench.power import drawn
 from normwear_fast import FastNormWear, NormWearConfig
 from normwear_fast import benchmarking as benchmarks
@@ -339,14 +339,13 @@ def _rates(bench: Bench, calls: dict[str, tuple[Callable[[], object], float]]) -
     rates = {name: flops / taken[name] for name, (_, flops) in calls.items()}
     best = max(rates, key=lambda name: rates[name])
     call, flops = calls[best]
-    count = max(1, round(SUSTAINED / taken[best])) if bench.device.type == "cuda" else 1
-
-    def many() -> None:
-        for _ in range(count):
-            call()
-
-    sustained = count * flops / seconds(many, bench.device, 1)
-    return {"flops_per_s": rates, "ceiling": rates[best], "sustained": sustained}
+    period = SUSTAINED if bench.device.type == "cuda" else 0.0
+    kept_up = sustained({best: call}, bench.device, rounds=1, settle=period, measure=period)
+    return {
+        "flops_per_s": rates,
+        "ceiling": rates[best],
+        "sustained": flops / kept_up[best],
+    }
 
 
 # --- where the time of a layer stack goes -----------------------------------------------------------

@@ -34,7 +34,7 @@ GPU, 2.0 GB of activations in bfloat16."""
 LARGE_MEMORY, LARGE_BATCH_TOKENS = 24 * 10**9, 262_144
 """GPUs with so many bytes take twice as many tokens, 4.0 GB in bfloat16 and 8.0 in float32: with half of
 that every launch's last round of tiles, and what windows of several channels leave of a budget, cost an
-H200 2 to 3 % (2026-11-26)."""
+H100 1 % and an H200 2 to 3 (2026-11-26)."""
 
 
 def default_batch_tokens(device_type: str) -> int:

@@ -25,7 +25,8 @@ from normwear_fast.buckets import FixedLayout, bucket_rows, table_size
 from normwear_fast.config import NormWearConfig
 from normwear_fast.errors import UsageError
 from normwear_fast.folding import FoldedBlock, FoldedEncoder
-from normwear_fast.linear_float8 import FLOAT8, Float8Linear, order, quantise_columns, takes
+from normwear_fast.linear_float8 import Float8Linear, order, quantise_columns, takes
+from normwear_fast.linear_hopper import FLOAT8
 from normwear_fast.operators import Pool
 from normwear_fast.packing import Layout
 

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from normwear_fast import cuda_backend, linear_hopper
 from normwear_fast.errors import InputError
+from normwear_fast.linear_hopper import FLOAT8
 
-FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 """Largest finite value of e4m3: a row or column is scaled so that its largest size becomes this."""
 

@@ -23,6 +23,13 @@ struct Accumulator {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// threadIdx.x, read anew: what is computed from it seldom must not hold a register all the time.
+__device__ __forceinline__ int again_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 __device__ __forceinline__ std::uint32_t address(const void* p) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -68,13 +68,6 @@ __device__ __forceinline__ void eight(float (&to)[8], const float* from) {
     to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
 }
 
-// threadIdx.x, read anew: what is computed from it seldom must not hold a register all the time.
-__device__ __forceinline__ int again_thread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // Of this thread block's tile of a pair, where `across` tiles make the columns.
 __device__ __forceinline__ std::int64_t first_row(int pair, int across) {
     return static_cast<std::int64_t>(pair / across * 2 + cluster_rank()) * tile_rows;

@@ -53,13 +53,6 @@ struct Work {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// threadIdx.x, read anew: what is computed from it seldom must not hold a register all the time.
-__device__ __forceinline__ int again_thread() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // Where an accumulator belongs: this lane's two rows.
 struct Tile {
     float scale[2];

@@ -202,12 +202,11 @@ def default_tokens(settings: EncodeSettings, device_type: str) -> EncodeSettings
     """The settings with the device's micro-batch and unit sizes where they say none."""
     from normwear_fast.engine import UNIT_BATCHES, default_batch_tokens
 
-    batch = default_batch_tokens(device_type)
-    if settings.pool == "patch" and settings.unit_tokens is None:
-        batch = min(batch, PATCH_UNIT_TOKENS)
-    batch = settings.batch_tokens or batch
+    bounded = settings.unit_tokens is None and settings.pool == "patch"
+    usual = default_batch_tokens(device_type)
+    batch = settings.batch_tokens or (min(usual, PATCH_UNIT_TOKENS) if bounded else usual)
     unit = settings.unit_tokens or UNIT_BATCHES * batch
-    if settings.unit_tokens is None and settings.pool == "patch":
+    if bounded:
         unit = min(unit, max(batch, PATCH_UNIT_TOKENS))
     return replace(settings, batch_tokens=batch, unit_tokens=unit)
 
