@@ -156,10 +156,10 @@ def _check(
         exact = operators.channel_attention(
             query.double(), key_value.double(), asking, asked, heads
         )
-        # Weights, rounded to bfloat16, move a mean of values by 2^-9 of the largest; what float32 leaves
+        # Weights, rounded to bfloat16, move a mean of values by 2^-8 of the largest; what float32 leaves
         # of large scores does, too.
         largest = float(key_value[:, width:].abs().max())
-        absolute = largest * ((4e-6 if dtype == FLOAT32 else 2**-9) + 4e-7 * abs(powers))
+        absolute = largest * ((4e-6 if dtype == FLOAT32 else 2**-8) + 4e-7 * abs(powers))
         return {**excess(got, exact, absolute, torch.finfo(dtype).eps / 2), "stable": stable}
 
     return check

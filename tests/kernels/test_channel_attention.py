@@ -40,10 +40,10 @@ def check(qkv, width, queries, keys, heads, query=None, cases=None) -> None:
 
 
 def close(got: torch.Tensor, exact: torch.Tensor, largest: torch.Tensor) -> None:
-    """Weights, rounded to bfloat16, move a mean of values by 2^-9 of the largest; in float32 the
-    rounding of scores of 10 or so does, by 1e-6."""
-    rounding = torch.finfo(got.dtype).eps
-    bound = rounding / 2 * exact.abs() + (2e-6 if got.dtype == FLOAT32 else 2**-9) * largest
+    """Weights, rounded to bfloat16, move a mean of values by 2^-8 of the largest, where one of them is
+    nearly all; in float32 the rounding of scores of 10 or so does, by 1e-6."""
+    rounding = torch.finfo(got.dtype).eps / 2
+    bound = rounding * exact.abs() + (2e-6 if got.dtype == FLOAT32 else rounding) * largest
     assert ((got.double() - exact).abs() <= bound).all()
 
 
@@ -196,10 +196,9 @@ def test_scores_that_grow(chosen, powers, dtype):
     )
     got = channel_attention(qkv[:, :width], qkv[:, width:], sequences, sequences, 1)
     # Scores of 1000 are known to 1e-4 of a power in float32, whoever adds them up.
-    bound = torch.finfo(dtype).eps / 2 * exact.abs()
-    bound += (max(2e-6, 4e-7 * abs(powers)) if dtype == FLOAT32 else 2**-9 + 4e-7 * abs(powers)) * (
-        qkv[:, 2 * width :].abs().max()
-    )
+    rounding, scores = torch.finfo(dtype).eps / 2, 4e-7 * abs(powers)
+    weights = max(2e-6, scores) if dtype == FLOAT32 else rounding + scores
+    bound = rounding * exact.abs() + weights * qkv[:, 2 * width :].abs().max()
     assert ((got.double() - exact).abs() <= bound).all()
 
 
